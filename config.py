@@ -1,0 +1,426 @@
+"""Every setting of the program: typed, documented under the field, checked when built.
+
+    python main.py config --set training.num_epochs=5        # print the resolved configuration as YAML
+
+Precedence, in `resolve`: default < YAML file < flag or `--set`. Unknown keys are errors with the nearest known
+name. Imports neither torch nor any other heavy library, so that `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import ConfigError, nearest
+
+
+def _check_range(
+    section: str, name: str, value: float, low: float, high: float = math.inf, *, open_high: bool = False
+) -> None:
+    inside = low <= value < high if open_high else low <= value <= high
+    if not inside:
+        bound = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
+        raise ConfigError(f"{section}.{name}: {value!r} is out of range; it must be at least {low:g}{bound}")
+
+
+def _check_choice(section: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{section}.{name}: {value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}"
+        )
+
+
+@dataclass
+class DataConfig:
+    """Where the films are, how they are split, brought to size, augmented and balanced."""
+
+    data_dir: str = "data/chest_xray"
+    """Folder DIR/{train,val,test}/CLASS/* or DIR/CLASS/*; ignored when `manifest` is set."""
+    manifest: str | None = None
+    """CSV with path,label and, when known, split,patient_id,text,age,sex,view,site; paths relative to the CSV."""
+    classes: list[str] | None = None
+    """Class names in the order of the model's outputs; None takes those found, sorted."""
+    positive_class: str | None = None
+    """The class that is 'disease' in a binary task; None takes the one not named like normal/negative/other."""
+    patient_id_regex: str | None = None
+    """Pattern searched in the file name; its first group (or whole match) is the patient. None: the published names."""
+    val_fraction: float = 0.15
+    """Share of training patients held out when validation has to be made; in [0.02, 0.5]."""
+    test_fraction: float = 0.15
+    """Share of patients held out as test when the data name no test split; in [0, 0.5]."""
+    exclude: str | None = None
+    """CSV with a `path` column: these films are left out of every split."""
+    skip_unreadable: bool = False
+    """Leave films that cannot be decoded out, and list them, instead of stopping."""
+    batch_size: int = 32
+    """Films per optimizer step and process, before accumulation."""
+    image_size: int = 224
+    """Side of the square the model sees, in pixels; in [16, 2048]."""
+    resize: str = "squash"
+    """How a film becomes square: squash (all anatomy, aspect lost), pad (black bars), crop (centre, sides lost)."""
+    colour: str = "auto"
+    """grey, rgb, or auto: grey when a sample of the training films has no colour. Grey is three times less to move."""
+    augmentation_prob: float = 0.5
+    """Scales the probability of every augmentation; 0 switches augmentation off; in [0, 1]."""
+    rotation_degrees: float = 15.0
+    """Rotation is drawn from ± this many degrees; in [0, 180]."""
+    brightness_contrast: float = 0.2
+    """Brightness and contrast are changed by up to ± this share; in [0, 1]."""
+    min_crop_scale: float = 1.0
+    """Smallest share of the film's area a random crop keeps; 1 never crops; in [0.1, 1]."""
+    balance: str = "loss"
+    """Class balancing: none, sampler (draws), loss (weights) or sampler_and_loss (both, which counts rarity twice)."""
+    pixel_cache: bool = True
+    """Decode each film once into a memory-mapped uint8 file instead of once per epoch."""
+    cache_dir: str | None = None
+    """Folder of the pixel cache; None: $MEDIMG_CACHE_DIR, else ~/.cache/medimg."""
+
+    def __post_init__(self) -> None:
+        _check_range("data", "val_fraction", self.val_fraction, 0.02, 0.5)
+        _check_range("data", "test_fraction", self.test_fraction, 0.0, 0.5)
+        _check_range("data", "batch_size", self.batch_size, 1)
+        _check_range("data", "image_size", self.image_size, 16, 2048)
+        _check_range("data", "augmentation_prob", self.augmentation_prob, 0, 1)
+        _check_range("data", "rotation_degrees", self.rotation_degrees, 0, 180)
+        _check_range("data", "brightness_contrast", self.brightness_contrast, 0, 1)
+        _check_range("data", "min_crop_scale", self.min_crop_scale, 0.1, 1)
+        _check_choice("data", "resize", self.resize, ("squash", "pad", "crop"))
+        _check_choice("data", "colour", self.colour, ("auto", "grey", "rgb"))
+        _check_choice("data", "balance", self.balance, ("none", "sampler", "loss", "sampler_and_loss"))
+
+
+@dataclass
+class ModelConfig:
+    """The network and where its first weights come from."""
+
+    model_type: str = "resnet50"
+    """resnet50, efficientnet_b4, densenet121 or any other timm model name."""
+    pretrained: bool = True
+    """Start from the weights timm knows for this name (asks a hub, or its cache)."""
+    weights: str | None = None
+    """A local weights file in timm layout (.safetensors, .pth); needs no network and overrides `pretrained`."""
+    freeze_backbone: bool = False
+    """Train the head only; batch-norm statistics and dropout of the backbone stand still too."""
+    dropout_rate: float = 0.3
+    """Dropout before each of the head's two linear layers; in [0, 1)."""
+    hidden_features: int = 512
+    """Width of the head's hidden layer."""
+
+    def __post_init__(self) -> None:
+        _check_range("model", "dropout_rate", self.dropout_rate, 0, 1, open_high=True)
+        _check_range("model", "hidden_features", self.hidden_features, 1)
+
+
+@dataclass
+class TrainingConfig:
+    """The optimisation: rates, schedule, loss, mixing, averaging, stopping."""
+
+    learning_rate: float = 1e-3
+    """Peak rate of the head (AdamW)."""
+    backbone_lr: float = 1e-4
+    """Peak rate of the backbone (AdamW)."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices and kernels; biases and norm weights are spared."""
+    num_epochs: int = 50
+    """Upper bound; early stopping may end sooner."""
+    warmup_fraction: float = 0.05
+    """Share of all optimizer steps spent warming up; in [0, 1)."""
+    early_stopping_patience: int = 10
+    """Epochs without a better `monitor` before training ends; 0 never stops early."""
+    monitor: str = "auc_roc"
+    """Validation figure that chooses the best epoch: auc_roc, accuracy, balanced_accuracy, f1 or loss."""
+    monitor_mode: str = "max"
+    """Direction of `monitor`: max or min (loss wants min). NaN is never an improvement."""
+    use_amp: bool = True
+    """Mixed precision where the device has it (bf16, else fp16 on GPUs); False computes in fp32."""
+    accumulation_steps: int = 1
+    """Batches whose gradients are added up before one optimizer step."""
+    gradient_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    loss: str = "cross_entropy"
+    """cross_entropy or focal."""
+    focal_gamma: float = 2.0
+    """Focusing exponent of the focal loss (Lin 2017); in [0, 10]."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes; in [0, 1)."""
+    mixup_alpha: float = 0.0
+    """Beta parameter of MixUp (Zhang 2018); 0 is off."""
+    cutmix_alpha: float = 0.0
+    """Beta parameter of CutMix (Yun 2019); 0 is off. With both on, each batch takes one of the two."""
+    ema_decay: float = 0.0
+    """Decay per step of the weights' moving average, used for validation and kept as the best model; 0 is off."""
+    unfreeze_schedule: dict[int, int] = field(default_factory=dict)
+    """Epoch (from 1) → number of last backbone stages trained from then on; -1 is all. Needs freeze_backbone."""
+    operating_point: str = "youden"
+    """How validation chooses the threshold: youden, sensitivity, specificity or fixed (0.5)."""
+    operating_point_target: float = 0.95
+    """The sensitivity or specificity to reach when `operating_point` names one; in (0, 1)."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoint_epoch_<N>.pth stay."""
+    seed: int = 42
+    """Of the split, the order, the augmentation, the head's first weights and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "backbone_lr", "weight_decay", "gradient_clip", "mixup_alpha"):
+            _check_range("training", name, getattr(self, name), 0)
+        for name in ("cutmix_alpha", "early_stopping_patience", "seed"):
+            _check_range("training", name, getattr(self, name), 0)
+        for name in ("num_epochs", "accumulation_steps", "keep_checkpoints"):
+            _check_range("training", name, getattr(self, name), 1)
+        for name in ("warmup_fraction", "label_smoothing", "ema_decay"):
+            _check_range("training", name, getattr(self, name), 0, 1, open_high=True)
+        _check_range("training", "focal_gamma", self.focal_gamma, 0, 10)
+        _check_range("training", "operating_point_target", self.operating_point_target, 0.01, 0.999)
+        _check_choice("training", "monitor", self.monitor, MONITORS)
+        _check_choice("training", "monitor_mode", self.monitor_mode, ("max", "min"))
+        _check_choice("training", "loss", self.loss, ("cross_entropy", "focal"))
+        _check_choice(
+            "training",
+            "operating_point",
+            self.operating_point,
+            ("youden", "sensitivity", "specificity", "fixed"),
+        )
+        if (self.monitor == "loss") != (self.monitor_mode == "min"):
+            better = "min" if self.monitor == "loss" else "max"
+            raise ConfigError(
+                f"training.monitor_mode: {self.monitor_mode!r} is the wrong way round for "
+                f"training.monitor={self.monitor!r}; set training.monitor_mode={better}"
+            )
+        for epoch, stages in self.unfreeze_schedule.items():
+            if not (isinstance(epoch, int) and isinstance(stages, int) and epoch >= 1 and stages >= -1):
+                raise ConfigError(
+                    f"training.unfreeze_schedule: {epoch!r}: {stages!r} is not an epoch from 1 and a number of "
+                    "stages (-1 for all); write it like {3: 1, 6: -1}"
+                )
+
+
+MONITORS = ("auc_roc", "accuracy", "balanced_accuracy", "f1", "loss")
+
+
+@dataclass
+class EvaluationConfig:
+    """How a trained model is measured."""
+
+    split: str = "test"
+    """Which split is measured: train, val, test or all."""
+    level: float = 0.95
+    """Coverage of the intervals; in [0.5, 0.999]."""
+    bootstrap_resamples: int = 2000
+    """Resamples of patients for the intervals without a closed form; in [100, 100000]."""
+    proportion_interval: str = "wilson"
+    """Interval of sensitivity, specificity and the like where every patient gives one film."""
+
+    def __post_init__(self) -> None:
+        _check_choice("evaluation", "split", self.split, ("train", "val", "test", "all"))
+        _check_range("evaluation", "level", self.level, 0.5, 0.999)
+        _check_range("evaluation", "bootstrap_resamples", self.bootstrap_resamples, 100, 100_000)
+        _check_choice(
+            "evaluation",
+            "proportion_interval",
+            self.proportion_interval,
+            ("wilson", "wilson_cc", "clopper_pearson", "agresti_coull", "jeffreys"),
+        )
+
+
+@dataclass
+class OptimizationConfig:
+    """What `optimize` makes of a checkpoint."""
+
+    quantize: bool = True
+    """Make INT8 candidates."""
+    prune: bool = False
+    """Make structurally pruned candidates."""
+    pruning_amount: float = 0.3
+    """Share of channels removed; in [0, 0.9]."""
+
+    def __post_init__(self) -> None:
+        _check_range("optimization", "pruning_amount", self.pruning_amount, 0, 0.9)
+
+
+@dataclass
+class RuntimeConfig:
+    """The machine, not the result: none of these fields changes what is learned."""
+
+    output_dir: str = "checkpoints"
+    """Where the run folder is written."""
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:N or mps."""
+    precision: str = "auto"
+    """auto, fp32, bf16 or fp16; auto takes bf16 where the device computes in it."""
+    workers: int = -1
+    """Processes that prepare batches; 0 uses a thread of this one; -1 chooses."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves its own choice."""
+
+    def __post_init__(self) -> None:
+        _check_choice("runtime", "precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        _check_range("runtime", "workers", self.workers, -1, 256)
+        _check_range("runtime", "threads", self.threads, 0, 1024)
+
+
+@dataclass
+class Config:
+    """The whole configuration: one section a stage."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        if self.training.unfreeze_schedule and not self.model.freeze_backbone:
+            raise ConfigError(
+                "training.unfreeze_schedule: there is nothing to unfreeze while model.freeze_backbone is false; "
+                "set model.freeze_backbone=true or drop the schedule"
+            )
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain nested dict, section → field → value."""
+        return dataclasses.asdict(self)
+
+
+Overrides = Mapping[str, Any]
+"""Dotted field name ('training.num_epochs') → value."""
+
+
+def _coerce(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type, or a ConfigError. YAML reads 1e-4 as text and 1 as int: both may be floats."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if union else (annotation,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    origin = typing.get_origin(wanted) or wanted
+    try:
+        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)
+        if origin is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    if origin is list and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if origin is list and isinstance(value, (list, tuple)):
+        return [str(item) for item in value]
+    if origin is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+        return value
+    shown = getattr(wanted, "__name__", str(wanted))
+    raise ConfigError(f"{name}: {value!r} is not of type {shown}")
+
+
+def field_types() -> dict[str, Any]:
+    """Every dotted field name with its annotation, in the order of definition."""
+    names = {}
+    for section in dataclasses.fields(Config):
+        section_class = typing.get_type_hints(Config)[section.name]
+        for name, annotation in typing.get_type_hints(section_class).items():
+            names[f"{section.name}.{name}"] = annotation
+    return names
+
+
+def flatten(nested: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """{'data': {'batch_size': 8}} → {'data.batch_size': 8}; unknown sections and keys are errors naming `source`."""
+    known = field_types()
+    sections = {name.split(".")[0] for name in known}
+    flat: dict[str, Any] = {}
+    for section, values in nested.items():
+        if section not in sections:
+            raise ConfigError(f"{source}: unknown section {section!r}{nearest(str(section), sections)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{source}: section {section!r} must hold `field: value` lines, found {values!r}")
+        for key, value in values.items():
+            check_known(f"{section}.{key}", source=source)
+            flat[f"{section}.{key}"] = value
+    return flat
+
+
+def check_known(name: str, *, source: str) -> None:
+    """ConfigError with the nearest name when `name` is no dotted field."""
+    known = field_types()
+    if name not in known:
+        leaf = name.rsplit(".", 1)[-1]
+        by_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
+        hint = f"; did you mean {by_leaf[0]!r}?" if by_leaf else nearest(name, known)
+        raise ConfigError(f"{source}: unknown setting {name!r}{hint}")
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """'training.num_epochs=5' → ('training.num_epochs', 5); the value is read as YAML."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r}: write it as section.field=value, for example training.num_epochs=5")
+    check_known(name.strip(), source="--set")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML; quote it") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The dotted overrides a YAML file holds."""
+    import yaml
+
+    try:
+        nested = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration file ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "syntax error"
+        raise ConfigError(f"{path}{where}: not valid YAML: {problem}") from None
+    if nested is None:
+        return {}
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"{path}: must hold sections such as `training:`, found {type(nested).__name__}")
+    return flatten(nested, source=str(path))
+
+
+def resolve(*layers: Overrides) -> Config:
+    """Defaults overlaid by each layer in turn (YAML, then flags); the one place where precedence is decided."""
+    annotations = field_types()
+    merged: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            check_known(name, source="configuration")
+            section, key = name.split(".")
+            merged.setdefault(section, {})[key] = _coerce(name, value, annotations[name])
+    sections = typing.get_type_hints(Config)
+    return Config(**{section: sections[section](**values) for section, values in merged.items()})
+
+
+def load_config_from_yaml(path: str | Path) -> Config:
+    """The configuration a YAML file describes, over the defaults."""
+    return resolve(read_yaml(path))
+
+
+def config_from_dict(nested: Mapping[str, Any], *, source: str) -> Config:
+    """The configuration a checkpoint or run folder stored."""
+    return resolve(flatten(nested, source=source))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, ready for `--config`."""
+    import yaml
+
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+
+
+def differing_fields(a: Config, b: Config) -> list[str]:
+    """Dotted names whose values differ, in the order of definition."""
+    left, right = flatten(a.to_dict(), source="a"), flatten(b.to_dict(), source="b")
+    return [name for name in left if left[name] != right[name]]
