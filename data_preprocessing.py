@@ -1,0 +1,746 @@
+"""From a folder or table of films to batches: manifest, patient split, pixel cache, augmentation, order, loading.
+
+    python data_preprocessing.py            # a short self-check on synthetic films
+
+A film's augmentation is drawn from (seed, epoch, index) and an epoch's order from (seed, epoch), never from a live
+stream: workers, ranks and resumption cannot change them. A patient never stands in two splits; test is never
+touched when validation has to be rebuilt. Legend: B batch, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from config import DataConfig
+from errors import ConfigError, DataError, examples, first_line, nearest
+from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, has_colour
+from runtime import atomic_write, log, progress, write_text
+
+Item = TypeVar("Item")
+Uint8Array = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+
+SPLITS = ("train", "val", "test")
+MIN_VAL_PER_CLASS = 20
+"""With fewer validation films of a class its sensitivity moves by 5 points a film: too few to choose a threshold."""
+CACHE_VERSION = 1
+"""Raised whenever `preprocess` changes what it returns, so that no stale pixels are read."""
+
+# The chest X-ray pneumonia set numbers patients anew for bacteria and virus: number and subtype are the key.
+PUBLISHED_NAMES = re.compile(r"^(person\d+_(?:bacteria|virus)|(?:NORMAL2-)?IM-\d+)")
+NEGATIVE_NAMES = frozenset(
+    {"normal", "negative", "neg", "healthy", "control", "benign", "other", "none", "no_finding", "no finding", "0"}
+)
+
+
+# --- manifest --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The films of a task: one row each, with label, split and patient."""
+
+    table: pd.DataFrame
+    """Columns path (str, absolute), label (int), split (train, val, test), patient_id (str), row (int, position in
+    the pixel store) and whatever else the CSV brought (text, age, sex, view, site, …)."""
+    classes: tuple[str, ...]
+    """Class names in the order of the labels."""
+    root: Path
+    """Folder the paths are written relative to in split.csv and predictions.csv."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def split(self, name: str) -> pd.DataFrame:
+        """The rows of one split ('all' for every row)."""
+        return self.table if name == "all" else self.table[self.table["split"] == name]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Split → class → number of films."""
+        return {
+            split: {name: int((rows["label"] == code).sum()) for code, name in enumerate(self.classes)}
+            for split in SPLITS
+            if len(rows := self.split(split))
+        }
+
+    def relative_path(self, path: str) -> str:
+        """`path` as written in tables: relative to the root where it lies below it."""
+        return os.path.relpath(path, self.root) if Path(path).is_relative_to(self.root) else path
+
+    def digest(self) -> str:
+        """Hash of which film has which label in which split; stored in checkpoints to notice changed data."""
+        rows = sorted(
+            f"{self.relative_path(path)}|{self.classes[label]}|{split}"
+            for path, label, split in zip(self.table["path"], self.table["label"], self.table["split"])
+        )
+        return hashlib.blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
+
+
+def positive_class(classes: Sequence[str], wanted: str | None) -> str | None:
+    """The 'disease' class of a binary task: `wanted`, else the one not named like normal; None if not binary."""
+    if wanted is not None and wanted not in classes:
+        raise ConfigError(f"data.positive_class: {wanted!r} is not one of {list(classes)}{nearest(wanted, classes)}")
+    if len(classes) != 2:
+        return None
+    if wanted is not None:
+        return wanted
+    diseased = [name for name in classes if name.lower() not in NEGATIVE_NAMES]
+    return diseased[0] if len(diseased) == 1 else classes[1]
+
+
+def load_manifest(config: DataConfig, *, classes: Sequence[str] | None = None) -> Manifest:
+    """Read class folders or a CSV, as `config` says; splits are those the data name ('' where they name none).
+
+    `classes` (a checkpoint's) fixes the order of the labels; a class outside it is a DataError.
+    """
+    wanted = list(classes) if classes is not None else config.classes
+    if config.manifest is not None:
+        root, rows = Path(config.manifest).resolve().parent, _read_csv(Path(config.manifest))
+    else:
+        root, rows = Path(config.data_dir).resolve(), _read_folders(Path(config.data_dir))
+    names = _class_names(rows["label"], wanted, where=config.manifest or config.data_dir)
+    table = rows.assign(label=rows["label"].map({name: code for code, name in enumerate(names)}).astype(np.int64))
+    table["patient_id"] = _patient_ids(table, config.patient_id_regex)
+    if config.exclude:
+        table = _without_excluded(table, Path(config.exclude), root)
+    return Manifest(table.reset_index(drop=True), tuple(names), root)
+
+
+def _read_folders(folder: Path) -> pd.DataFrame:
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such data folder; put films into {folder}/train/CLASS/ and {folder}/test/CLASS/, "
+            "or name another with --data-dir or --manifest"
+        )
+    splits = [name for name in SPLITS if (folder / name).is_dir()]
+    rows: list[tuple[str, str, str]] = []
+    passed_over = 0
+    for split in splits or [""]:
+        for class_folder in sorted(item for item in (folder / split).iterdir() if item.is_dir()):
+            if class_folder.name.startswith((".", "__")):
+                continue
+            files = sorted(item for item in class_folder.rglob("*") if item.is_file() and item.name[0] != ".")
+            films = [item for item in files if item.suffix.lower() in IMAGE_SUFFIXES]
+            passed_over += len(files) - len(films)
+            if not films:
+                raise DataError(
+                    f"{class_folder}: no films in this class folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))}); "
+                    "add some or remove the folder"
+                )
+            rows += [(str(film.resolve()), class_folder.name, split) for film in films]
+    if not rows:
+        raise DataError(f"{folder}: no class folders with films; expected {folder}/train/CLASS/* or {folder}/CLASS/*")
+    if passed_over:
+        log.info("%s: %d files without an image suffix passed over", folder, passed_over)
+    return pd.DataFrame(rows, columns=["path", "label", "split"])
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such manifest") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable CSV ({first_line(error)})") from None
+    for column in ("path", "label"):
+        if column not in table.columns:
+            raise DataError(
+                f"{path}: no column {column!r}{nearest(column, table.columns)}; the header must name path,label and "
+                f"may name split,patient_id,text,age,sex,view,site (found: {', '.join(table.columns)})"
+            )
+    if table.empty:
+        raise DataError(f"{path}: the manifest has no rows")
+    table["split"] = table["split"] if "split" in table.columns else ""
+    _check_cells(path, table)
+    folder = path.resolve().parent
+    table["path"] = [str((folder / name).resolve()) for name in table["path"]]
+    repeated = table["path"][table["path"].duplicated()]
+    if len(repeated):
+        raise DataError(f"{path}:{repeated.index[0] + 2}: {repeated.iloc[0]} is listed twice; keep one row a film")
+    return table
+
+
+def _check_cells(path: Path, table: pd.DataFrame) -> None:
+    for column in ("path", "label"):
+        blank = table.index[table[column].str.strip() == ""]
+        if len(blank):
+            raise DataError(f"{path}:{blank[0] + 2}: empty {column}; fill it in or delete the row")
+    allowed = set(SPLITS) if (table["split"] != "").any() else {""}
+    wrong = table.index[~table["split"].isin(list(allowed))]
+    if len(wrong):
+        found = table["split"][wrong[0]]
+        raise DataError(f"{path}:{wrong[0] + 2}: split {found!r} is not one of {', '.join(SPLITS)}; correct the row")
+
+
+def _class_names(labels: pd.Series, wanted: Sequence[str] | None, *, where: str) -> list[str]:
+    found = sorted(labels.unique())
+    if wanted is None:
+        if len(found) < 2:
+            raise DataError(f"{where}: only one class ({found[0]!r}); a classifier needs at least two")
+        return found
+    strangers = labels.index[~labels.isin(list(wanted))]
+    if len(strangers):
+        label = labels[strangers[0]]
+        line = f":{strangers[0] + 2}" if where.endswith(".csv") else ""
+        raise DataError(
+            f"{where}{line}: label {label!r} is not one of {', '.join(wanted)}{nearest(label, wanted)}; "
+            "correct it or add it to data.classes"
+        )
+    return list(wanted)
+
+
+def _patient_ids(table: pd.DataFrame, pattern: str | None) -> list[str]:
+    """The CSV's patient_id where it has one, else read from the file name; an unplaced film is its own patient."""
+    given = table["patient_id"] if "patient_id" in table.columns else pd.Series("", index=table.index)
+    regex = _compile(pattern) if pattern else PUBLISHED_NAMES
+    patients, unplaced = [], 0
+    for path, known in zip(table["path"], given):
+        found = None if known else regex.search(Path(path).name)
+        if found:
+            known = found.group(1) if found.groups() else found.group(0)
+        if not known:
+            unplaced += 1
+            known = Path(path).stem
+        patients.append(known)
+    if unplaced:
+        log.info(
+            "%d of %d films name no patient: each counts as its own (set data.patient_id_regex to change it)",
+            unplaced,
+            len(table),
+        )
+    return patients
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"data.patient_id_regex: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _without_excluded(table: pd.DataFrame, path: Path, root: Path) -> pd.DataFrame:
+    try:
+        listed = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as the list of films to exclude ({error})") from None
+    if "path" not in listed.columns:
+        raise DataError(f"{path}: no column 'path'; list one film a row under that header")
+    unwanted = {str((root / name).resolve()) for name in listed["path"]}
+    kept = table[~table["path"].isin(unwanted)]
+    log.info("%s: %d films excluded", path, len(table) - len(kept))
+    return kept
+
+
+# --- patient split ---------------------------------------------------------------------------------------------
+
+
+def split_manifest(manifest: Manifest, config: DataConfig, *, seed: int) -> Manifest:
+    """Every row with a split, no patient in two of them.
+
+    Splits the data name are kept. A missing test split is drawn from all patients; a validation split that is
+    missing, or too small to choose a threshold on, is drawn from training and validation patients together.
+    Stratified by class, grouped by patient, fixed by `seed`. DataError when a patient stands in two splits.
+    """
+    table = manifest.table.copy()
+    check_no_leak(table)
+    table.loc[table["split"] == "", "split"] = "train"
+    if not (table["split"] == "test").any() and config.test_fraction > 0:
+        table = _hold_out(table, "test", config.test_fraction, seed=seed, classes=manifest.classes)
+    if reason := _validation_lacks(table, config.val_fraction, len(manifest.classes)):
+        table.loc[table["split"] == "val", "split"] = "train"
+        table = _hold_out(table, "val", config.val_fraction, seed=seed, classes=manifest.classes)
+        log.info("validation: %s; rebuilt from %.0f %% of the training patients", reason, 100 * config.val_fraction)
+    for split in ("train", "val"):
+        absent = set(range(len(manifest.classes))) - set(table.loc[table["split"] == split, "label"])
+        if absent:
+            raise DataError(
+                f"{split} split: no film of class {manifest.classes[min(absent)]!r}; every class needs films of at "
+                "least two patients outside test"
+            )
+    return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root)
+
+
+def check_no_leak(table: pd.DataFrame) -> None:
+    """DataError when a patient's films stand in more than one split."""
+    splits_of = table.groupby("patient_id")["split"].nunique()
+    shared = sorted(splits_of.index[splits_of > 1])
+    if shared:
+        where = sorted(table.loc[table["patient_id"] == shared[0], "split"].unique())
+        raise DataError(
+            f"{len(shared)} patients are in more than one split, e.g. {shared[0]!r} in {' and '.join(where)}; "
+            "give each patient one split, or set data.patient_id_regex if the file names are read wrongly"
+        )
+
+
+def _validation_lacks(table: pd.DataFrame, fraction: float, n_classes: int) -> str | None:
+    """Why validation must be rebuilt, or None when it may stand."""
+    counts = table[table["split"] == "val"]["label"].value_counts().reindex(range(n_classes), fill_value=0)
+    if counts.sum() == 0:
+        return "the data name no validation split"
+    train = table[table["split"] == "train"]["label"].value_counts().reindex(range(n_classes), fill_value=0)
+    if counts.min() < MIN_VAL_PER_CLASS and train.min() * fraction > counts.min():
+        return f"the given {counts.sum()} films are too few to choose a threshold"
+    return None
+
+
+def _hold_out(table: pd.DataFrame, name: str, fraction: float, *, seed: int, classes: Sequence[str]) -> pd.DataFrame:
+    """Move about `fraction` of the training patients into split `name`, stratified by class."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    pool = table[table["split"] == "train"]
+    patients = pool.groupby("label")["patient_id"].nunique().reindex(range(len(classes)), fill_value=0)
+    if patients.min() < 2:
+        raise DataError(
+            f"class {classes[int(patients.argmin())]!r} has films of {patients.min()} patient(s) to split; a {name} "
+            "split needs at least two patients of every class"
+        )
+    folds = int(min(max(2, round(1 / fraction)), patients.min()))
+    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    _, held_out = next(splitter.split(pool, pool["label"], pool["patient_id"]))
+    moved = table.copy()
+    moved.loc[pool.index[held_out], "split"] = name
+    return moved
+
+
+def write_split(manifest: Manifest, path: Path) -> None:
+    """Write split.csv: path,label,split,patient_id, paths relative to the data."""
+    table = pd.DataFrame(
+        {
+            "path": [manifest.relative_path(item) for item in manifest.table["path"]],
+            "label": [manifest.classes[code] for code in manifest.table["label"]],
+            "split": manifest.table["split"],
+            "patient_id": manifest.table["patient_id"],
+        }
+    )
+    write_text(path, table.to_csv(index=False))
+
+
+def describe(manifest: Manifest) -> str:
+    """One line a split: films by class and patients."""
+    lines = []
+    for split, counts in manifest.counts().items():
+        shares = ", ".join(f"{name} {count}" for name, count in counts.items())
+        lines.append(
+            f"{split:>5}: {sum(counts.values())} films of {manifest.split(split)['patient_id'].nunique()} "
+            f"patients ({shares})"
+        )
+    return "\n".join(lines)
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------
+
+
+class PixelStore(Protocol):
+    """Where the uint8 films of a manifest come from, by row."""
+
+    def __getitem__(self, row: int) -> Uint8Array:
+        """Film `row`, (S, S, C) uint8; not to be written to."""
+
+
+class CachedPixels:
+    """Films in one memory-mapped file. Pickles as its path, so that worker processes map it without copying."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._array: Uint8Array = np.load(path, mmap_mode="r")
+
+    def __getitem__(self, row: int) -> Uint8Array:
+        return self._array[row]
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CachedPixels, (self.path,)
+
+
+class DecodedPixels:
+    """Films decoded anew at every read; for data too large for a cache."""
+
+    def __init__(self, paths: Sequence[str], spec: PreprocessSpec) -> None:
+        self.paths, self.spec = list(paths), spec
+
+    def __getitem__(self, row: int) -> Uint8Array:
+        return apply(self.spec, decode(self.paths[row]))
+
+
+def resolve_channels(config: DataConfig, paths: Sequence[str], *, seed: int) -> int:
+    """1 or 3: what `data.colour` says, or for 'auto' whether any of 64 films drawn from `paths` shows colour."""
+    if config.colour != "auto":
+        return 1 if config.colour == "grey" else 3
+    drawn = np.random.default_rng((seed, len(paths))).permutation(len(paths))[:64]
+    for position in sorted(drawn):
+        try:
+            if has_colour(decode(paths[position])):
+                return 3
+        except DataError:
+            continue  # reported with all other unreadable films when the pixels are read
+    return 1
+
+
+def open_pixels(manifest: Manifest, spec: PreprocessSpec, config: DataConfig) -> tuple[Manifest, PixelStore]:
+    """The manifest's pixels, from the cache (built on first use) or decoded on the fly.
+
+    Unreadable films stop the run with a DataError, or with `data.skip_unreadable` leave the returned manifest.
+    """
+    paths = list(manifest.table["path"])
+    if not config.pixel_cache:
+        if config.skip_unreadable:
+            raise ConfigError("data.skip_unreadable: needs data.pixel_cache=true, which finds the unreadable films")
+        return manifest, DecodedPixels(paths, spec)
+    folder = Path(config.cache_dir or os.environ.get("MEDIMG_CACHE_DIR") or Path.home() / ".cache" / "medimg")
+    store, unreadable = cached_pixels(paths, spec, folder)
+    if unreadable and not config.skip_unreadable:
+        raise DataError(
+            f"{len(unreadable)} of {len(paths)} films cannot be read: {next(iter(unreadable.values()))}"
+            + (f"; also {examples(list(unreadable)[1:])}" if len(unreadable) > 1 else "")
+            + " (--skip-unreadable leaves them out and lists them)"
+        )
+    for reason in unreadable.values():
+        log.warning("left out: %s", reason)
+    kept = manifest.table[~manifest.table["path"].isin(list(unreadable))]
+    return Manifest(kept, manifest.classes, manifest.root), store
+
+
+def cached_pixels(paths: Sequence[str], spec: PreprocessSpec, folder: Path) -> tuple[CachedPixels, dict[str, str]]:
+    """The pixels of `paths` in order, and the unreadable ones with the reason (their rows are black and unused).
+
+    The cache file is keyed by the films' content, their order and the spec; it is built under a lock, in a file of
+    its own that is renamed when whole, and checked by CRC when opened: damaged, it is built again.
+    """
+    from filelock import FileLock
+
+    folder = folder / "pixels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot make the pixel cache ({error.strerror}); set data.cache_dir") from None
+    path = folder / f"{_cache_key(paths, spec)}.npy"
+    with FileLock(path.with_suffix(".lock")):
+        facts = _checked_facts(path)
+        if facts is None:
+            _build_cache(paths, spec, path)
+            facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return CachedPixels(path), {paths[int(row)]: reason for row, reason in facts["unreadable"].items()}
+
+
+def _cache_key(paths: Sequence[str], spec: PreprocessSpec) -> str:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = list(pool.map(_file_digest, paths))
+    geometry = f"{CACHE_VERSION}|{spec.image_size}|{spec.resize}|{spec.channels}"
+    return hashlib.blake2b("\n".join([geometry, *digests]).encode(), digest_size=16).hexdigest()
+
+
+def _file_digest(path: str) -> str:
+    try:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        return f"unreadable {path} {error.errno}"
+
+
+def _checked_facts(path: Path) -> dict[str, Any] | None:
+    """The facts beside a whole and undamaged cache file, else None."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        array = np.load(path, mmap_mode="r")
+        if list(array.shape) == facts["shape"] and _crc(array) == facts["crc32"]:
+            return facts
+        log.warning("%s: the pixel cache is damaged; building it again", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        log.warning("%s: the pixel cache is damaged; building it again", path)
+    return None
+
+
+def _crc(array: Uint8Array) -> int:
+    crc = 0
+    for start in range(0, len(array), 256):
+        crc = zlib.crc32(np.ascontiguousarray(array[start : start + 256]).data, crc)
+    return crc
+
+
+def _build_cache(paths: Sequence[str], spec: PreprocessSpec, path: Path) -> None:
+    shape = (len(paths), spec.image_size, spec.image_size, spec.channels)
+    size = int(np.prod(shape, dtype=np.int64))
+    if shutil.disk_usage(path.parent).free < size * 1.05:
+        raise DataError(
+            f"{path.parent}: the pixel cache needs {size / 2**30:.1f} GiB, more than is free there; set data.cache_dir "
+            "to a larger disk or data.pixel_cache=false"
+        )
+    unreadable: dict[str, str] = {}
+    crc = 0
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    path.with_suffix(".json").unlink(missing_ok=True)
+    with atomic_write(path) as stream, ThreadPoolExecutor(os.cpu_count()) as pool:
+        np.lib.format.write_array_header_1_0(stream, header)
+        decoded = pool.map(lambda name: _decode_or_reason(name, spec), paths)
+        for row, result in enumerate(progress(decoded, total=len(paths), label="decoding films")):
+            if isinstance(result, str):
+                unreadable[str(row)] = result
+                result = np.zeros(shape[1:], dtype=np.uint8)
+            crc = zlib.crc32(result.data, crc)
+            stream.write(result.tobytes())
+    write_text(path.with_suffix(".json"), json.dumps({"shape": shape, "crc32": crc, "unreadable": unreadable}))
+
+
+def _decode_or_reason(path: str, spec: PreprocessSpec) -> Uint8Array | str:
+    try:
+        return np.ascontiguousarray(apply(spec, decode(path)))
+    except DataError as error:
+        return str(error)
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------
+
+
+class Augmenter:
+    """The published pipeline, every probability scaled by `augmentation_prob`; drawn from (seed, epoch, index).
+
+    Rotation ±15°, horizontal flip, brightness and contrast, CLAHE, Gaussian noise, blur, coarse dropout and grid
+    dropout; a random resized crop when `min_crop_scale` is below 1.
+    """
+
+    def __init__(self, config: DataConfig, *, seed: int) -> None:
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        import albumentations as A
+
+        p = config.augmentation_prob
+        side = config.image_size
+        crop = (
+            [A.RandomResizedCrop((side, side), scale=(config.min_crop_scale, 1.0), ratio=(0.8, 1.25), p=p)]
+            if config.min_crop_scale < 1
+            else []
+        )
+        change = config.brightness_contrast
+        self.seed = seed
+        self.active = p > 0
+        self.pipeline = A.Compose(
+            [
+                *crop,
+                A.Rotate(limit=config.rotation_degrees, border_mode=cv2.BORDER_CONSTANT, p=p),
+                A.HorizontalFlip(p=p),
+                A.RandomBrightnessContrast(brightness_limit=change, contrast_limit=change, p=p),
+                A.CLAHE(clip_limit=(1.0, 2.0), p=0.6 * p),
+                A.GaussNoise(std_range=(0.01, 0.04), p=0.6 * p),
+                A.GaussianBlur(sigma_limit=(0.3, 1.0), blur_limit=0, p=0.4 * p),
+                A.CoarseDropout(
+                    num_holes_range=(1, 4), hole_height_range=(0.05, 0.15), hole_width_range=(0.05, 0.15), p=0.6 * p
+                ),
+                A.GridDropout(ratio=0.3, unit_size_range=(max(4, side // 12), max(5, side // 6)), p=0.2 * p),
+            ]
+        )
+
+    def __call__(self, image: Uint8Array, *, epoch: int, index: int) -> Uint8Array:
+        """An augmented copy of `image` (H, W, C) uint8, the same for the same (seed, epoch, index)."""
+        if not self.active:
+            return image
+        generator = np.random.default_rng((self.seed, epoch, index))
+        self.pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+        return self.pipeline(image=np.ascontiguousarray(image))["image"]
+
+
+# --- order, balance and loading --------------------------------------------------------------------------------
+
+
+def class_weights(labels: IntArray, n_classes: int) -> npt.NDArray[np.float64]:
+    """Weight per class, (n_classes,): n / (n_classes · count), so that the weights average 1 over the films."""
+    counts = np.bincount(labels, minlength=n_classes)
+    return len(labels) / (n_classes * np.maximum(counts, 1))
+
+
+def epoch_order(labels: IntArray, *, seed: int, epoch: int, n_classes: int, weighted: bool) -> IntArray:
+    """Positions of one epoch: a permutation, or as many draws with replacement, the classes equally likely."""
+    generator = np.random.default_rng((seed, 1, epoch))
+    if not weighted:
+        return generator.permutation(len(labels))
+    weights = class_weights(labels, n_classes)[labels]
+    return generator.choice(len(labels), size=len(labels), p=weights / weights.sum())
+
+
+class Batch(NamedTuple):
+    """Films as they leave the loader; normalisation happens on the device."""
+
+    images_BHWC: torch.Tensor
+    """uint8."""
+    labels_B: torch.Tensor
+    """int64."""
+    positions_B: torch.Tensor
+    """int64 positions in the split's table."""
+
+
+class Request(NamedTuple):
+    """Which films to prepare, and for which epoch; all a worker needs to know."""
+
+    epoch: int
+    positions: IntArray
+
+
+class FilmBatches(torch.utils.data.Dataset[Batch]):
+    """A split as a map from `Request` to `Batch`; holds no state that an epoch could change."""
+
+    def __init__(self, rows: pd.DataFrame, pixels: PixelStore, augmenter: Augmenter | None) -> None:
+        self.pixels, self.augmenter = pixels, augmenter
+        self.store_rows = rows["row"].to_numpy(np.int64)
+        self.labels = rows["label"].to_numpy(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, request: Request) -> Batch:
+        images = [self._film(int(position), request.epoch) for position in request.positions]
+        return Batch(
+            torch.from_numpy(np.stack(images)),
+            torch.from_numpy(self.labels[request.positions]),
+            torch.from_numpy(np.asarray(request.positions)),
+        )
+
+    def _film(self, position: int, epoch: int) -> Uint8Array:
+        row = int(self.store_rows[position])
+        image = self.pixels[row]
+        return image if self.augmenter is None else self.augmenter(image, epoch=epoch, index=row)
+
+
+class _Requests(torch.utils.data.Sampler[Request]):
+    """The list the loader walks; replaced each epoch so that persistent workers live on."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+class Loader:
+    """Prepares batches ahead of the model: in worker processes, or with 0 workers in one thread of this process."""
+
+    def __init__(self, dataset: FilmBatches, *, workers: int, pin_memory: bool = False) -> None:
+        self.dataset, self.workers = dataset, workers
+        self._requests = _Requests()
+        self._loader = (
+            torch.utils.data.DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=self._requests,
+                num_workers=workers,
+                prefetch_factor=2,
+                persistent_workers=True,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # the default one would draw from the stream that dropout reads
+                worker_init_fn=_one_thread_each,
+            )
+            if workers > 0
+            else None
+        )
+
+    def __call__(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """The batches of `requests`, in order."""
+        if self._loader is None:
+            return prefetch((self.dataset[request] for request in requests), depth=2)
+        self._requests.requests = list(requests)
+        return iter(self._loader)
+
+
+def _one_thread_each(worker: int) -> None:
+    cv2.setNumThreads(0)
+
+
+def sequential_requests(count: int, batch_size: int) -> list[Request]:
+    """Every position once, in order; for measuring."""
+    return [Request(0, np.arange(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+
+
+def training_requests(
+    labels: IntArray, *, batch_size: int, seed: int, epoch: int, n_classes: int, weighted: bool
+) -> list[Request]:
+    """The full batches of one epoch in their drawn order; what does not fill a batch waits for another epoch."""
+    if batch_size > len(labels):
+        raise DataError(
+            f"batch size {batch_size} is larger than the training split ({len(labels)} films); lower --batch-size"
+        )
+    order = epoch_order(labels, seed=seed, epoch=epoch, n_classes=n_classes, weighted=weighted)
+    full = len(order) // batch_size
+    return [Request(epoch, part) for part in order[: full * batch_size].reshape(full, batch_size)]
+
+
+def prefetch(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
+    """Yield `items`, produced up to `depth` ahead in a thread; errors surface here, an early end stops the thread."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+    thread = threading.Thread(target=_produce, args=(items, ready, stopped), daemon=True)
+    thread.start()
+    try:
+        while True:
+            ended, value = ready.get()
+            if ended:
+                if value is not None:
+                    raise value
+                return
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _produce(items: Iterable[Any], ready: queue.Queue[tuple[bool, Any]], stopped: threading.Event) -> None:
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(entry, timeout=0.05)
+                return
+            except queue.Full:
+                continue
+
+    try:
+        for item in items:
+            put((False, item))
+            if stopped.is_set():
+                return
+        put((True, None))
+    except BaseException as error:  # handed to the consuming thread, which raises it
+        put((True, error))
+
+
+def self_check(say: Callable[[str], None] = print) -> None:
+    """Make films, read them back through every step of this module, and say what came out."""
+    import tempfile
+
+    import synthetic
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        synthetic.write_dataset(folder / "films", patients_per_class={"train": 12, "test": 4}, size=64)
+        config = DataConfig(data_dir=str(folder / "films"), image_size=64, cache_dir=str(folder), val_fraction=0.25)
+        manifest = split_manifest(load_manifest(config), config, seed=0)
+        say(describe(manifest))
+        manifest, pixels = open_pixels(manifest, PreprocessSpec(image_size=64), config)
+        dataset = FilmBatches(manifest.split("train"), pixels, Augmenter(config, seed=0))
+        requests = training_requests(dataset.labels, batch_size=8, seed=0, epoch=1, n_classes=2, weighted=False)
+        shapes = [tuple(batch.images_BHWC.shape) for batch in Loader(dataset, workers=0)(requests)]
+        say(f"data_preprocessing: ok ({len(shapes)} batches of {shapes[0]})")
+
+
+if __name__ == "__main__":
+    self_check()
