@@ -67,9 +67,9 @@ def _opacities(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
 
 def _expose(image: Plane, rng: np.random.Generator, size: int) -> Film:
     image = np.clip(image, 0, 1) ** rng.uniform(0.8, 1.25) * rng.uniform(0.8, 1.05)
-    image = cv2.GaussianBlur(image, (0, 0), sigmaX=size / 224 * 0.8)
-    image += rng.normal(0, 0.025, image.shape)
-    picture = np.ascontiguousarray(np.clip(image * 255, 0, 255).astype(np.uint8))
+    blurred: Plane = np.asarray(cv2.GaussianBlur(image, (0, 0), sigmaX=size / 224 * 0.8))
+    noisy = blurred + rng.normal(0, 0.025, image.shape)
+    picture = np.ascontiguousarray(np.clip(noisy * 255, 0, 255).astype(np.uint8))
     corner = (int(size * rng.choice([0.06, 0.86])), int(size * 0.12))
     cv2.putText(picture, "L", corner, cv2.FONT_HERSHEY_SIMPLEX, size / 320, 230, max(1, size // 160))
     return picture

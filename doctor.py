@@ -1,0 +1,70 @@
+"""What this machine has: versions, device, instruction sets, weight cache, data folder.
+
+python main.py doctor
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import DataConfig
+from runtime import cpu_flags, library_versions, resolve_device, resolve_precision
+
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "albumentations",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "scipy",
+    "statsmodels",
+    "pillow",
+    "opencv-python-headless",
+    "matplotlib",
+)
+
+
+def examine() -> dict[str, Any]:
+    """The facts, ready for JSON."""
+    from huggingface_hub import constants
+
+    device = resolve_device("auto")
+    cache = Path(constants.HF_HUB_CACHE)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": library_versions(LIBRARIES),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": resolve_precision("auto", device),
+        "cpu_count": os.cpu_count(),
+        "instruction_sets": sorted(
+            name for name in cpu_flags() if name.startswith(("avx", "amx")) or name in ("fma", "asimd", "sve")
+        ),
+        "weight_cache": str(cache),
+        "cached_weights": sorted(item.name for item in cache.glob("models--*")) if cache.is_dir() else [],
+        "default_data_dir_exists": Path(DataConfig().data_dir).is_dir(),
+    }
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """The facts as lines for the terminal."""
+    libraries = ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())
+    weights = ", ".join(facts["cached_weights"]) or "none cached; use --weights FILE or --no-pretrained without a hub"
+    data = "is there" if facts["default_data_dir_exists"] else "is not there; name yours with --data-dir or --manifest"
+    return "\n".join(
+        [
+            f"python     {facts['python']} on {facts['platform']}",
+            f"libraries  {libraries}",
+            f"device     {facts['device']}, computes in {facts['precision']}, {facts['cpu_count']} CPU cores",
+            f"cpu        {' '.join(facts['instruction_sets']) or 'instruction sets unknown'}",
+            f"weights    {facts['weight_cache']}: {weights}",
+            f"data       {DataConfig().data_dir} {data}",
+        ]
+    )

@@ -1,0 +1,85 @@
+"""Predict films or whole folders into a CSV, streamed.
+
+    python main.py predict films/ --checkpoint checkpoints/best_model.pth --output-dir predictions
+
+Writes predictions.csv (path,prediction,confidence,probability_<CLASS>…), row by row in bounded memory, and
+unreadable.csv when films could not be read. Never stops at a bad film, never leaves one out silently.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import ConfigError
+from predictor import Unreadable, find_films, load
+from runtime import log, progress
+
+
+def predict(
+    sources: Sequence[str],
+    *,
+    checkpoint: Path,
+    output_dir: Path,
+    batch_size: int = 32,
+    device: str = "auto",
+    precision: str = "auto",
+    model_type: str | None = None,
+) -> dict[str, Any]:
+    """Predict every film among `sources` (files or folders); counts, and the files written."""
+    paths = find_films(sources)
+    predictor = load(checkpoint, device=device, precision=precision, model_type=model_type)
+    counts = dict.fromkeys(predictor.classes, 0)
+    unreadable: list[Unreadable] = []
+    target = output_dir / "predictions.csv"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with target.open("w", newline="", encoding="utf-8") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["path", "prediction", "confidence", *(f"probability_{name}" for name in predictor.classes)])
+            results = predictor.predict_files(paths, batch_size=batch_size)
+            for result in progress(results, total=len(paths), label="predicting"):
+                if isinstance(result, Unreadable):
+                    unreadable.append(result)
+                    continue
+                counts[result.prediction] += 1
+                values = [result.confidence, *result.probabilities.values()]
+                rows.writerow([result.path, result.prediction, *(f"{value:.6f}" for value in values)])
+        listed = _write_unreadable(unreadable, output_dir)
+    except OSError as error:
+        raise ConfigError(f"--output-dir {output_dir}: cannot be written ({error.strerror}); name another") from None
+    for item in unreadable:
+        log.warning("unreadable: %s", item.reason)
+    return {
+        "films": len(paths),
+        "predicted": counts,
+        "unreadable": [item.path for item in unreadable],
+        "predictions": str(target),
+        "unreadable_list": listed,
+    }
+
+
+def _write_unreadable(unreadable: Sequence[Unreadable], folder: Path) -> str | None:
+    """unreadable.csv, or None and no stale file of an earlier run when everything was readable."""
+    path = folder / "unreadable.csv"
+    if not unreadable:
+        path.unlink(missing_ok=True)
+        return None
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["path", "reason"])
+        rows.writerows([item.path, item.reason] for item in unreadable)
+    return str(path)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The counts in words."""
+    counts = ", ".join(f"{name} {count}" for name, count in result["predicted"].items())
+    lost = (
+        f"; {len(result['unreadable'])} unreadable, listed in {result['unreadable_list']}"
+        if result["unreadable"]
+        else ""
+    )
+    return f"{result['films']} films: {counts}{lost}\nwritten to {result['predictions']}"
