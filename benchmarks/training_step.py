@@ -127,9 +127,8 @@ def main() -> None:
             for key, value in row.items():
                 if repeat:  # the first round warms up
                     measured[key].append(value)
-    print(
-        f"{arguments.model}, batch {size}, {torch.get_num_threads()} threads, {fit.precision}, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    print(f"{arguments.model}, batch {size}, {threads} threads, {fit.precision}, torch {torch.__version__}")
     report("full fine-tuning step", measured["ours"], measured["plain"], ("this program", "plain fp32 NCHW loop"))
     report("training loop", measured["loop"], measured["resident"], ("from the cache", "resident batch"))
 
