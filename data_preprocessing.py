@@ -487,6 +487,16 @@ def _build_cache(paths: Sequence[str], spec: PreprocessSpec, path: Path) -> None
             f"{path.parent}: the pixel cache needs {size / 2**30:.1f} GiB, more than is free there; set data.cache_dir "
             "to a larger disk or data.pixel_cache=false"
         )
+    try:
+        _write_cache(paths, spec, path, shape)
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: the pixel cache cannot be written ({error.strerror}); free space, or set data.cache_dir "
+            "or data.pixel_cache=false"
+        ) from None
+
+
+def _write_cache(paths: Sequence[str], spec: PreprocessSpec, path: Path, shape: tuple[int, ...]) -> None:
     unreadable: dict[str, str] = {}
     crc = 0
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -660,7 +670,16 @@ class Loader:
         if self._loader is None:
             return prefetch((self.dataset[request] for request in requests), depth=2)
         self._requests.requests = list(requests)
-        return iter(self._loader)
+        return self._from_workers(iter(self._loader))
+
+    @staticmethod
+    def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+        """`batches`, with a worker's DataError reduced to its own line: torch wraps it in the worker's traceback."""
+        try:
+            yield from batches
+        except DataError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
 
 
 def _one_thread_each(worker: int) -> None:

@@ -351,6 +351,11 @@ class Fit:
         batches = len(prepared.train_set) // config.data.batch_size
         self.total_steps = settings.num_epochs * math.ceil(batches / settings.accumulation_steps)
         self.standing = Standing()
+        point = {"rule": "argmax"} if self.positive is None else {"rule": "fixed", "threshold": 0.5}
+        self.calibrated: dict[str, Any] = {
+            "temperature": 1.0,
+            "operating_point": {**point, "positive_class": self.positive},
+        }
 
     def _loss_weights(self) -> Tensor | None:
         if self.config.data.balance not in ("loss", "sampler_and_loss"):
@@ -505,13 +510,13 @@ class Fit:
         if better:
             standing.best_score, standing.best_epoch = validation[settings.monitor], standing.epoch
         standing.stale_epochs = standing.epoch - standing.best_epoch
-        calibrated = self._calibrate(logits_NC, labels)
+        self.calibrated = self._calibrate(logits_NC, labels)
         if better:  # first: a kill between the two files then costs an epoch, not the best model
-            self._save(checkpoint.BEST, calibrated, epoch=standing.epoch, resumable=False)
+            self._save(checkpoint.BEST, epoch=standing.epoch, resumable=False)
         log.info("%s", self._epoch_line(row, better=better))
         finished = standing.epoch
         standing.epoch, standing.batch, standing.loss_sum = finished + 1, 0, 0.0
-        self._save(f"checkpoint_epoch_{finished}.pth", calibrated, epoch=finished, resumable=True)
+        self._save(f"checkpoint_epoch_{finished}.pth", epoch=finished, resumable=True)
         (self.folder / checkpoint.INTERRUPTED).unlink(missing_ok=True)
         checkpoint.keep_newest(self.folder, settings.keep_checkpoints)
         write_text(self.folder / "history.csv", pd.DataFrame(standing.history).to_csv(index=False))
@@ -546,13 +551,13 @@ class Fit:
 
     # -- saving and resuming --
 
-    def _save(self, name: str, calibrated: dict[str, Any], *, epoch: int, resumable: bool) -> None:
+    def _save(self, name: str, *, epoch: int, resumable: bool) -> None:
         content = {
             "model_state_dict": self._deployed().state_dict(),
             "config": self.config.to_dict(),
             "classes": list(self.classes),
             "preprocess": self.prepared.spec.to_dict(),
-            **calibrated,
+            **self.calibrated,
             "provenance": self._provenance(epoch),
         }
         if resumable:
@@ -601,16 +606,16 @@ class Fit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.standing = Standing(**state["standing"])
+        self.calibrated = {name: stored[name] for name in ("temperature", "operating_point")}
         torch.set_rng_state(state["torch_rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def _end_interrupted(self, number: int) -> None:
-        """Save where the run stands and leave."""
+        """Save where the run stands, with the calibration of the last whole epoch, and leave."""
         name = checkpoint.INTERRUPTED if self.standing.batch else f"checkpoint_epoch_{self.standing.epoch - 1}.pth"
         if self.standing.batch:
-            logits_NC, labels = self._validation_logits(), self.prepared.val_set.labels
-            self._save(name, self._calibrate(logits_NC, labels), epoch=self.standing.epoch, resumable=True)
+            self._save(name, epoch=self.standing.epoch, resumable=True)
         raise Interrupted(
             number,
             f"stopped in epoch {self.standing.epoch} after batch {self.standing.batch}; go on with: "

@@ -532,3 +532,22 @@ def test_leaving_the_loading_early_ends_its_thread() -> None:
 def test_self_check_runs(capsys: pytest.CaptureFixture[str]) -> None:
     dp.self_check()
     assert "data_preprocessing: ok" in capsys.readouterr().out
+
+
+def test_a_damaged_film_met_by_a_worker_is_one_line(copied: Path) -> None:
+    config = DataConfig(data_dir=str(copied), image_size=32, pixel_cache=False)
+    manifest, pixels = dp.open_pixels(split_of(config), SPEC, config)
+    dataset = dp.FilmBatches(manifest.split("train"), pixels, None)
+    Path(manifest.split("train")["path"].iloc[2]).write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty") as raised:
+        list(dp.Loader(dataset, workers=1)([dp.Request(1, np.arange(4))]))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_disk_that_fills_up_while_the_cache_is_written_is_a_clear_error(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(DataError, match="cannot be written .No space left on device."):
+        dp.cached_pixels(paths_of(films), SPEC, tmp_path)
+    assert not list((tmp_path / "pixels").glob("*.npy"))
