@@ -10,14 +10,11 @@ touched when validation has to be rebuilt. Legend: B batch, H height, W width, C
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import queue
 import random
 import re
-import shutil
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,10 +27,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+import array_cache
 from config import DataConfig
 from errors import ConfigError, DataError, examples, first_line, nearest
 from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, has_colour
-from runtime import atomic_write, log, progress, write_text
+from runtime import log, progress, write_text
 
 Item = TypeVar("Item")
 Uint8Array = npt.NDArray[np.uint8]
@@ -407,8 +405,7 @@ def open_pixels(manifest: Manifest, spec: PreprocessSpec, config: DataConfig) ->
         if config.skip_unreadable:
             raise ConfigError("data.skip_unreadable: needs data.pixel_cache=true, which finds the unreadable films")
         return manifest, DecodedPixels(paths, spec)
-    folder = Path(config.cache_dir or os.environ.get("MEDIMG_CACHE_DIR") or Path.home() / ".cache" / "medimg")
-    store, unreadable = cached_pixels(paths, spec, folder)
+    store, unreadable = cached_pixels(paths, spec, array_cache.default_folder(config.cache_dir))
     if unreadable and not config.skip_unreadable:
         raise DataError(
             f"{len(unreadable)} of {len(paths)} films cannot be read: {next(iter(unreadable.values()))}"
@@ -424,30 +421,33 @@ def open_pixels(manifest: Manifest, spec: PreprocessSpec, config: DataConfig) ->
 def cached_pixels(paths: Sequence[str], spec: PreprocessSpec, folder: Path) -> tuple[CachedPixels, dict[str, str]]:
     """The pixels of `paths` in order, and the unreadable ones with the reason (their rows are black and unused).
 
-    The cache file is keyed by the films' content, their order and the spec; it is built under a lock, in a file of
-    its own that is renamed when whole, and checked by CRC when opened: damaged, it is built again.
+    The cache file is keyed by the films' content, their order and the spec.
     """
-    from filelock import FileLock
-
-    folder = folder / "pixels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot make the pixel cache ({error.strerror}); set data.cache_dir") from None
-    path = folder / f"{_cache_key(paths, spec)}.npy"
-    with FileLock(path.with_suffix(".lock")):
-        facts = _checked_facts(path)
-        if facts is None:
-            _build_cache(paths, spec, path)
-            facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return CachedPixels(path), {paths[int(row)]: reason for row, reason in facts["unreadable"].items()}
-
-
-def _cache_key(paths: Sequence[str], spec: PreprocessSpec) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(_file_digest, paths))
     geometry = f"{CACHE_VERSION}|{spec.image_size}|{spec.resize}|{spec.channels}"
-    return hashlib.blake2b("\n".join([geometry, *digests]).encode(), digest_size=16).hexdigest()
+    path = folder / "pixels" / f"{array_cache.key_of([geometry, *digests])}.npy"
+    facts = array_cache.open_or_build(
+        path,
+        shape=(len(paths), spec.image_size, spec.image_size, spec.channels),
+        dtype=np.uint8,
+        build=lambda write: _decode_all(paths, spec, write),
+        what="pixel cache",
+        remedy="set data.cache_dir to a larger disk or data.pixel_cache=false",
+    )
+    return CachedPixels(path), {paths[int(row)]: reason for row, reason in facts["unreadable"].items()}
+
+
+def _decode_all(paths: Sequence[str], spec: PreprocessSpec, write: array_cache.Writer) -> dict[str, Any]:
+    unreadable: dict[str, str] = {}
+    black = np.zeros((spec.image_size, spec.image_size, spec.channels), dtype=np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(lambda name: _decode_or_reason(name, spec), paths)
+        for row, result in enumerate(progress(decoded, total=len(paths), label="decoding films")):
+            if isinstance(result, str):
+                unreadable[str(row)] = result
+            write(black if isinstance(result, str) else result)
+    return {"unreadable": unreadable}
 
 
 def _file_digest(path: str) -> str:
@@ -455,62 +455,6 @@ def _file_digest(path: str) -> str:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
     except OSError as error:
         return f"unreadable {path} {error.errno}"
-
-
-def _checked_facts(path: Path) -> dict[str, Any] | None:
-    """The facts beside a whole and undamaged cache file, else None."""
-    try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        array = np.load(path, mmap_mode="r")
-        if list(array.shape) == facts["shape"] and _crc(array) == facts["crc32"]:
-            return facts
-        log.warning("%s: the pixel cache is damaged; building it again", path)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError):
-        log.warning("%s: the pixel cache is damaged; building it again", path)
-    return None
-
-
-def _crc(array: Uint8Array) -> int:
-    crc = 0
-    for start in range(0, len(array), 256):
-        crc = zlib.crc32(np.ascontiguousarray(array[start : start + 256]).data, crc)
-    return crc
-
-
-def _build_cache(paths: Sequence[str], spec: PreprocessSpec, path: Path) -> None:
-    shape = (len(paths), spec.image_size, spec.image_size, spec.channels)
-    size = int(np.prod(shape, dtype=np.int64))
-    if shutil.disk_usage(path.parent).free < size * 1.05:
-        raise DataError(
-            f"{path.parent}: the pixel cache needs {size / 2**30:.1f} GiB, more than is free there; set data.cache_dir "
-            "to a larger disk or data.pixel_cache=false"
-        )
-    try:
-        _write_cache(paths, spec, path, shape)
-    except OSError as error:
-        raise DataError(
-            f"{path.parent}: the pixel cache cannot be written ({error.strerror}); free space, or set data.cache_dir "
-            "or data.pixel_cache=false"
-        ) from None
-
-
-def _write_cache(paths: Sequence[str], spec: PreprocessSpec, path: Path, shape: tuple[int, ...]) -> None:
-    unreadable: dict[str, str] = {}
-    crc = 0
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    path.with_suffix(".json").unlink(missing_ok=True)
-    with atomic_write(path) as stream, ThreadPoolExecutor(os.cpu_count()) as pool:
-        np.lib.format.write_array_header_1_0(stream, header)
-        decoded = pool.map(lambda name: _decode_or_reason(name, spec), paths)
-        for row, result in enumerate(progress(decoded, total=len(paths), label="decoding films")):
-            if isinstance(result, str):
-                unreadable[str(row)] = result
-                result = np.zeros(shape[1:], dtype=np.uint8)
-            crc = zlib.crc32(result.data, crc)
-            stream.write(result.tobytes())
-    write_text(path.with_suffix(".json"), json.dumps({"shape": shape, "crc32": crc, "unreadable": unreadable}))
 
 
 def _decode_or_reason(path: str, spec: PreprocessSpec) -> Uint8Array | str:

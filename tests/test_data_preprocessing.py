@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+import array_cache
 import data_preprocessing as dp
 import synthetic
 from config import DataConfig
@@ -312,7 +313,7 @@ def test_a_damaged_cache_is_built_again(films: Path, tmp_path: Path, damage: str
         store.path.with_suffix(".json").unlink()
     again, _ = dp.cached_pixels(paths_of(films), SPEC, tmp_path)
     assert np.array_equal(again[3], expected)
-    assert dp._checked_facts(again.path) is not None
+    assert array_cache.checked_facts(again.path) is not None
 
 
 def _build(paths: list[str], folder: Path, results: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
@@ -367,7 +368,7 @@ def test_without_a_cache_films_are_decoded_to_the_same_pixels(films: Path) -> No
 def test_a_disk_too_small_for_the_cache_is_said_with_the_size(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dp.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(array_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(DataError, match=r"needs \d+\.\d GiB, more than is free.*data.pixel_cache=false"):
         dp.cached_pixels(paths_of(films), SPEC, tmp_path)
 
