@@ -157,6 +157,10 @@ class TrainingConfig:
     """Decay per step of the weights' moving average, used for validation and kept as the best model; 0 is off."""
     unfreeze_schedule: dict[int, int] = field(default_factory=dict)
     """Epoch (from 1) → number of last backbone stages trained from then on; -1 is all. Needs freeze_backbone."""
+    feature_cache: bool = True
+    """Run frozen layers once per film and view instead of in every step; MixUp and CutMix switch it off."""
+    cached_views: int = 4
+    """Augmented views of each training film that the feature cache holds; epochs go round them; in [1, 64]."""
     operating_point: str = "youden"
     """How validation chooses the threshold: youden, sensitivity, specificity or fixed (0.5)."""
     operating_point_target: float = 0.95
@@ -175,6 +179,7 @@ class TrainingConfig:
             _check_range("training", name, getattr(self, name), 1)
         for name in ("warmup_fraction", "label_smoothing", "ema_decay"):
             _check_range("training", name, getattr(self, name), 0, 1, open_high=True)
+        _check_range("training", "cached_views", self.cached_views, 1, 64)
         _check_range("training", "focal_gamma", self.focal_gamma, 0, 10)
         _check_range("training", "operating_point_target", self.operating_point_target, 0.01, 0.999)
         _check_choice("training", "monitor", self.monitor, MONITORS)
@@ -214,12 +219,38 @@ class EvaluationConfig:
     bootstrap_resamples: int = 2000
     """Resamples of patients for the intervals without a closed form; in [100, 100000]."""
     proportion_interval: str = "wilson"
-    """Interval of sensitivity, specificity and the like where every patient gives one film."""
+    """Interval of sensitivity, specificity and the like; on the effective sample size where patients give several."""
+    threshold: float | None = None
+    """Positive from this probability on, stated in advance. None: the checkpoint's, or 0.5 for a table."""
+    target_sensitivity: float = 0.95
+    """One of the operating points shown reaches this sensitivity on validation; in (0, 1)."""
+    target_specificity: float = 0.95
+    """One of the operating points shown reaches this specificity on validation; in (0, 1)."""
+    prevalence: float | None = None
+    """Share of positives where the model will be used, for PPV, NPV and prior correction; in (0, 1)."""
+    subgroups: list[str] | None = None
+    """Columns to compare groups by; None takes those of age, sex, view, site that the films name."""
+    min_subgroup: int = 20
+    """A group of fewer films is counted and not judged."""
+    intersections: bool = True
+    """Also compare groups by every pair of those columns."""
+    worst_errors: int = 12
+    """How many of the most confident errors the report shows; in [0, 100]."""
 
     def __post_init__(self) -> None:
         _check_choice("evaluation", "split", self.split, ("train", "val", "test", "all"))
         _check_range("evaluation", "level", self.level, 0.5, 0.999)
         _check_range("evaluation", "bootstrap_resamples", self.bootstrap_resamples, 100, 100_000)
+        _check_range("evaluation", "target_sensitivity", self.target_sensitivity, 0.001, 0.999)
+        _check_range("evaluation", "target_specificity", self.target_specificity, 0.001, 0.999)
+        _check_range("evaluation", "min_subgroup", self.min_subgroup, 1)
+        _check_range("evaluation", "worst_errors", self.worst_errors, 0, 100)
+        if self.prevalence is not None and not 0 < self.prevalence < 1:
+            raise ConfigError(
+                f"evaluation.prevalence: {self.prevalence!r} is not between 0 and 1; give the share of positives"
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ConfigError(f"evaluation.threshold: {self.threshold!r} is not a number")
         _check_choice(
             "evaluation",
             "proportion_interval",

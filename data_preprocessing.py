@@ -488,6 +488,7 @@ class Augmenter:
         change = config.brightness_contrast
         self.seed = seed
         self.active = p > 0
+        self.settings = (seed, p, side, config.rotation_degrees, change, config.min_crop_scale)
         self.pipeline = A.Compose(
             [
                 *crop,
@@ -534,8 +535,8 @@ def epoch_order(labels: IntArray, *, seed: int, epoch: int, n_classes: int, weig
 class Batch(NamedTuple):
     """Films as they leave the loader; normalisation happens on the device."""
 
-    images_BHWC: torch.Tensor
-    """uint8."""
+    inputs: torch.Tensor
+    """Films, uint8 (B, H, W, C); or, from a feature cache, what the frozen layers made of them, float32 (B, ...)."""
     labels_B: torch.Tensor
     """int64."""
     positions_B: torch.Tensor
@@ -592,6 +593,8 @@ class Loader:
 
     def __init__(self, dataset: FilmBatches, *, workers: int, pin_memory: bool = False) -> None:
         self.dataset, self.workers = dataset, workers
+        if workers == 0:
+            cv2.setNumThreads(1)  # the preparing thread must not take the cores the network computes on
         self._requests = _Requests()
         self._loader = (
             torch.utils.data.DataLoader(
@@ -701,7 +704,7 @@ def self_check(say: Callable[[str], None] = print) -> None:
         manifest, pixels = open_pixels(manifest, PreprocessSpec(image_size=64), config)
         dataset = FilmBatches(manifest.split("train"), pixels, Augmenter(config, seed=0))
         requests = training_requests(dataset.labels, batch_size=8, seed=0, epoch=1, n_classes=2, weighted=False)
-        shapes = [tuple(batch.images_BHWC.shape) for batch in Loader(dataset, workers=0)(requests)]
+        shapes = [tuple(batch.inputs.shape) for batch in Loader(dataset, workers=0)(requests)]
         say(f"data_preprocessing: ok ({len(shapes)} batches of {shapes[0]})")
 
 

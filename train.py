@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -29,6 +28,7 @@ from torch import Tensor
 
 import checkpoint
 import plots
+from array_cache import default_folder
 from auroc import auroc, multiclass_auroc
 from calibration import fit_temperature
 from config import Config, Overrides, TrainingConfig, config_from_dict, differing_fields, flatten, resolve, to_yaml
@@ -52,6 +52,7 @@ from data_preprocessing import (
 )
 from engines import InputScaling, TorchEngine
 from errors import ConfigError, DataError, UserError, examples
+from feature_cache import CannotCache, FeatureCache, Tail, open_features
 from metrics import choose_threshold
 from models import Classifier, count_parameters, model_from_config, normalisation, parameter_groups
 from predictor import decide, load_state, softmax
@@ -239,7 +240,6 @@ def train(config: Config, *, resume: Path | None = None) -> TrainResult:
     """
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    cv2.setNumThreads(1)  # the decoding thread must not take the cores the network computes on
     device = resolve_device(config.runtime.device)
     precision = resolve_precision(config.runtime.precision, device, use_amp=config.training.use_amp)
     stored = checkpoint.load(resume) if resume else None
@@ -333,8 +333,12 @@ class Fit:
         self.classes = prepared.manifest.classes
         self.positive = positive_class(self.classes, config.data.positive_class)
         self.model = prepared.model.to(device).to(memory_format=torch.channels_last)
-        self.to_input = InputScaling(prepared.spec, device)
+        self.to_input = InputScaling(prepared.spec).to(device)
         workers = _worker_count(config.runtime.workers, device)
+        self.network: torch.nn.Module = self.model
+        self.features: FeatureCache | None = None
+        self.feature_engine: str | None = None
+        self._routed_for = -1
         self.loader = Loader(prepared.train_set, workers=workers, pin_memory=device.type == "cuda")
         self.val_loader = Loader(prepared.val_set, workers=0)
         settings = config.training
@@ -389,12 +393,46 @@ class Fit:
         for epoch, stages in sorted(self.config.training.unfreeze_schedule.items()):
             if epoch <= self.standing.epoch:
                 self.model.unfreeze_layers(num_layers=stages)
+        trainable = count_parameters(self.model).trainable
+        if trainable != self._routed_for:
+            self._routed_for = trainable
+            self._choose_route()
+
+    def _choose_route(self) -> None:
+        """Run only what trains, on cached outputs of what is frozen, where that can be; else the whole network."""
+        self.network, self.features = self.model, None
+        if not any(not item.requires_grad for item in self.model.backbone.parameters()):
+            return
+        settings = self.config.training
+        try:
+            if not settings.feature_cache:
+                raise CannotCache("training.feature_cache is off")
+            if settings.mixup_alpha or settings.cutmix_alpha:
+                raise CannotCache("MixUp and CutMix mix films, not their features")
+            self.features, self._cut = open_features(
+                self.model,
+                self.prepared.spec,
+                self.prepared.train_set,
+                self.prepared.val_set,
+                views=settings.cached_views,
+                folder=default_folder(self.config.data.cache_dir),
+                device=self.device,
+                precision=self.precision,
+                engine=self.feature_engine,
+            )
+        except CannotCache as reason:
+            log.info("frozen layers run in every step: %s", reason)
+            return
+        self.feature_engine = self.features.engine
+        self.network = Tail(self.model, self._cut)
 
     def _train_epoch(self, stop: StopRequest) -> None:
         requests = self._requests()
         accumulation = self.config.training.accumulation_steps
         self.model.train()
-        pending = self._progress(self.loader(requests[self.standing.batch :]), requests)
+        self.network.train()
+        prepare_batches = self.loader if self.features is None else self.features.train_batches
+        pending = self._progress(prepare_batches(requests[self.standing.batch :]), requests)
         for batch in pending:
             position = self.standing.batch
             group_start = position - position % accumulation
@@ -429,20 +467,24 @@ class Fit:
         targets_BC = F.one_hot(batch.labels_B.to(self.device), len(self.classes)).float()
         rng = np.random.default_rng((settings.seed, 2, self.standing.epoch, self.standing.batch))
         images_BCHW, targets_BC = mix_batch(
-            self.to_input(batch.images_BHWC),
+            self._inputs(batch),
             targets_BC,
             mixup_alpha=settings.mixup_alpha,
             cutmix_alpha=settings.cutmix_alpha,
             rng=rng,
         )
         with autocast(self.device, self.precision):
-            logits_BC = self.model(images_BCHW)
+            logits_BC = self.network(images_BCHW)
         loss = classification_loss(logits_BC.float(), targets_BC, config=settings, weights_C=self.weights_C)
         value = loss.item()
         if not math.isfinite(value):
             raise self._not_finite(value, batch)
         self.scaler.scale(loss * share).backward()
         return value
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        """What the network of this step takes: normalised films, or cached features as they are."""
+        return self.to_input(batch.inputs) if self.features is None else batch.inputs.to(self.device)
 
     def _not_finite(self, value: float, batch: Batch) -> UserError:
         rows = self.prepared.manifest.split("train").iloc[batch.positions_B.tolist()]
@@ -479,16 +521,26 @@ class Fit:
         return self.model if self.average is None else self.average.model
 
     def _validation_logits(self) -> FloatArray:
-        engine = TorchEngine(self._deployed(), self.prepared.spec, device=self.device, precision=self.precision)
         requests = sequential_requests(len(self.prepared.val_set), self.config.data.batch_size)
         with memory_advice(self.config.data.batch_size):
-            logits_NC = np.concatenate([engine.logits(batch.images_BHWC) for batch in self.val_loader(requests)])
+            logits_NC = np.concatenate(list(self._logits_by_batch(requests)))
         if not np.isfinite(logits_NC).all():
             raise UserError(
                 f"epoch {self.standing.epoch}: the validation logits are not finite; the last checkpoint stands: lower "
                 "training.learning_rate and training.backbone_lr"
             )
         return logits_NC
+
+    def _logits_by_batch(self, requests: Sequence[Request]) -> Iterator[FloatArray]:
+        deployed = self._deployed()
+        if self.features is None:
+            engine = TorchEngine(deployed, self.prepared.spec, device=self.device, precision=self.precision)
+            yield from (engine.logits(batch.inputs) for batch in self.val_loader(requests))
+            return
+        tail = Tail(deployed.eval(), self._cut).train(False)
+        for batch in self.features.val_batches(requests):
+            with torch.inference_mode(), autocast(self.device, self.precision):
+                yield tail(self._inputs(batch)).float().cpu().numpy()
 
     def _close_epoch(self, *, films_per_s: float, started: float) -> None:
         """Measure, write the row, keep the best, save; then stand at the start of the next epoch."""
@@ -580,6 +632,7 @@ class Fit:
             "scaler": self.scaler.state_dict(),
             "standing": asdict(self.standing),
             "torch_rng": torch.get_rng_state(),
+            "feature_engine": self.feature_engine,
         }
         if self.average is not None:
             state["model"] = self.model.state_dict()
@@ -605,6 +658,7 @@ class Fit:
             load_state(self.average.model, stored["model_state_dict"], source=str(source))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.feature_engine = state["feature_engine"]
         self.standing = Standing(**state["standing"])
         self.calibrated = {name: stored[name] for name in ("temperature", "operating_point")}
         torch.set_rng_state(state["torch_rng"])

@@ -106,7 +106,7 @@ def main() -> None:
         fit = make_fit(config, folder)
         batch = next(fit.loader(fit._requests()))
         labels = batch.labels_B
-        images = fit.to_input(batch.images_BHWC).contiguous(memory_format=torch.contiguous_format)
+        images = fit.to_input(batch.inputs).contiguous(memory_format=torch.contiguous_format)
         plain = plain_step(create_model(arguments.model, 2, False), images, labels)
 
         def ours() -> None:

@@ -499,7 +499,7 @@ def test_workers_deliver_the_same_batches_as_the_main_process(dataset: dp.FilmBa
     for epoch in (1, 2):
         for a, b in zip(batches[0, epoch], batches[2, epoch]):
             assert all(torch.equal(x, y) for x, y in zip(a, b))
-    assert not torch.equal(batches[0, 1][0].images_BHWC, batches[0, 2][0].images_BHWC)
+    assert not torch.equal(batches[0, 1][0].inputs, batches[0, 2][0].inputs)
 
 
 def test_a_loader_draws_nothing_from_the_global_random_stream(dataset: dp.FilmBatches) -> None:
