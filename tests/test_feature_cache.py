@@ -308,7 +308,6 @@ def test_a_cached_run_is_the_same_twice(tiny: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages", [0, 1])
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
 def test_openvino_gives_what_torch_gives(name: str, stages: int) -> None:
-    pytest.importorskip("openvino_telemetry", reason="openvino is not installed")
     cut = fc.cut_model(frozen(name, stages), PreprocessSpec(image_size=side(name)))
     films = np.random.default_rng(0).integers(0, 256, (20, side(name), side(name), 1), dtype=np.uint8)
     torch_rows = engines.TorchFloatEngine(cut.prefix, device=torch.device("cpu"), precision="fp32")(films)
