@@ -26,6 +26,7 @@ from estimates import (
     as_groups,
     as_labels,
     as_scores,
+    count_groups,
     not_estimable,
     sum_by_group,
     tail_probability,
@@ -153,7 +154,7 @@ def auroc_ci(
 
 
 def _score_type(auc: float, labels: IntArray, codes: IntArray, *, level: float, replaced: str) -> Estimate:
-    n_pos, n_neg = (len(np.unique(codes[labels == label])) for label in (1, 0))
+    n_pos, n_neg = (count_groups(codes[labels == label]) for label in (1, 0))
     low, high = newcombe_interval(auc, n_pos=n_pos, n_neg=n_neg, level=level)
     why = f"{replaced} has no usable variance here (AUROC {auc:g}, {n_pos} positive and {n_neg} negative patients)"
     return Estimate(auc, low, high, "Newcombe 2006 method 5 (score type)", 0.0, reason=why)
@@ -276,7 +277,7 @@ def _clustered(labels: IntArray, columns: FloatArray, codes: IntArray) -> tuple[
         chosen = labels == label
         centred = np.where(chosen[:, None], placement - auc, 0.0)
         sums[label] = sum_by_group(centred, codes) / chosen.sum()
-        present = len(np.unique(codes[chosen]))
+        present = count_groups(codes[chosen])
         factor[label] = present / (present - 1) if present > 1 else float("nan")
     cross = sums[1].T @ sums[0]
     covariance = sum(factor[label] * sums[label].T @ sums[label] for label in (0, 1))

@@ -30,6 +30,7 @@ from estimates import (
     as_groups,
     as_labels,
     as_probabilities,
+    count_groups,
     two_sided_quantile,
 )
 from metrics import CONFUSION_NAMES, evaluate_predictions
@@ -237,7 +238,7 @@ def _with_influence(
     """Errors of films at (patient, subgroup) `where`, summed by patient."""
     shape = (int(films.patient.max()) + 1, len(names))
     matrix, at_null = (csr_matrix((part, where), shape=shape) for part in (error, null))
-    clusters = len(np.unique(where[0]))
+    clusters = count_groups(where[0])
     scale = clusters / (clusters - 1) if films.clustered and clusters > 1 else 1.0
     return Rates(names, value, matrix, at_null, scale, counts, left_out)
 
@@ -521,7 +522,7 @@ class _Measure:
         y, p = self.films.label[chosen], self.films.score[chosen]
         patients = self.films.patient[chosen]
         positives = int(y.sum())
-        row: dict[str, Any] = {"n": len(y), "n_patients": len(np.unique(patients)), "n_positive": positives}
+        row: dict[str, Any] = {"n": len(y), "n_patients": count_groups(patients), "n_positive": positives}
         row["prevalence"] = proportion(positives, len(y), level=self.options["level"]).as_report()
         if len(y) < self.min_n:
             return row | {"reason": f"too few to say: {len(y)} films, below {self.min_n}"}

@@ -134,7 +134,8 @@ def as_labels(labels: ArrayLike, *, n_classes: int = 2) -> IntArray:
         raise DataError(f"labels have shape {array.shape}; give one class number per film, at least one film")
     if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
         raise DataError(f"labels are {array.dtype}, e.g. {array[0]!r}; give class numbers 0 … {n_classes - 1}")
-    bad = np.flatnonzero(~np.isin(array, np.arange(n_classes)))
+    number = array.astype(np.float64)
+    bad = np.flatnonzero(~((number >= 0) & (number < n_classes) & (number == np.floor(number))))
     if bad.size:
         raise DataError(
             f"row {bad[0]}: label {array[bad[0]]!r} is outside 0 … {n_classes - 1} "
@@ -209,7 +210,10 @@ def as_groups(groups: Sequence[Any] | NDArray[Any] | None, *, n: int) -> IntArra
     array = np.asarray(groups)
     if array.shape != (n,):
         raise DataError(f"groups have shape {array.shape}, but there are {n} labels; give one patient per film")
-    missing = [row for row, item in enumerate(array.tolist()) if item is None or item != item or item == ""]
+    named = array.dtype.kind in "iu"  # a whole number cannot be missing
+    missing = (
+        [] if named else [row for row, item in enumerate(array.tolist()) if item is None or item != item or item == ""]
+    )
     if missing:
         raise DataError(
             f"row {missing[0]}: patient identifier is missing ({len(missing)} such rows); "
@@ -219,6 +223,12 @@ def as_groups(groups: Sequence[Any] | NDArray[Any] | None, *, n: int) -> IntArra
     keys = array.astype(str) if array.dtype == object else array
     _, first, codes = np.unique(keys, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[codes].astype(np.int64)
+
+
+def count_groups(codes: IntArray) -> int:
+    """How many different clusters are among these cluster numbers (n,)."""
+    # A tenth of the time of np.unique at 10⁶ films.
+    return int(np.count_nonzero(np.bincount(codes)))
 
 
 def sum_by_group(values: FloatArray, codes: IntArray) -> FloatArray:

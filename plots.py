@@ -31,7 +31,8 @@ from calibration import expected_calibration_error, reliability_bins
 from errors import DataError
 from estimates import FloatArray, IntArray, as_groups, as_labels, as_probabilities, as_scores
 
-Target = str | Path | BytesIO
+Target = str | Path | BytesIO | tuple[Any, ...]
+"""Where a figure goes; a tuple of targets gets the same figure each."""
 
 # Okabe & Ito: told apart by every kind of colour vision, and of different lightness in grey.
 BLACK, BLUE, VERMILION, GREEN, PURPLE, GREY = "#1a1a1a", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
@@ -59,6 +60,11 @@ def as_svg(draw: Callable[..., None], *args: Any, **kwargs: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def to_file_and_svg(draw: Callable[[Target], None], path: Path) -> str:
+    """Draw once into the file `path`, and return the same figure as an <svg> element."""
+    return as_svg(lambda buffer: draw((path, buffer)))
+
+
 def as_png(draw: Callable[..., None], *args: Any, **kwargs: Any) -> bytes:
     """The figure that `draw(*args, target, **kwargs)` makes, as PNG."""
     buffer = BytesIO()
@@ -67,6 +73,10 @@ def as_png(draw: Callable[..., None], *args: Any, **kwargs: Any) -> bytes:
 
 
 def _save(figure: Figure, target: Target) -> None:
+    if isinstance(target, tuple):
+        for each in target:
+            _save(figure, each)
+        return
     if isinstance(target, BytesIO):
         figure.savefig(target, format="svg" if isinstance(target, _Svg) else "png", dpi=DPI)
         return

@@ -1,0 +1,483 @@
+"""The one command line: python main.py VERB --help.
+
+Builds the parser without loading torch; a verb's handler imports the one module it needs. Exit codes: 0 success,
+2 the user's mistake (one line on stderr), 1 a fault of the program, 130 and 143 stopped by a signal after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from config import Overrides, parse_assignment, read_yaml, resolve, to_yaml
+from errors import ConfigError, UserError, nearest
+
+Arguments = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that sets one configuration field, spelled the same on every verb."""
+
+    field: str
+    help: str
+    kind: type = str
+
+
+FLAGS = {
+    "--data-dir": Flag("data.data_dir", "folder DIR/{train,val,test}/CLASS/* or DIR/CLASS/*"),
+    "--manifest": Flag("data.manifest", "CSV with path,label and, when known, split,patient_id,age,sex,view,site"),
+    "--model": Flag("model.model_type", "resnet50, efficientnet_b4, densenet121 or any timm name"),
+    "--weights": Flag("model.weights", "local weights file in timm layout (.safetensors, .pth); needs no network"),
+    "--pretrained": Flag("model.pretrained", "start from the weights timm publishes", bool),
+    "--freeze-backbone": Flag("model.freeze_backbone", "train the head only", bool),
+    "--epochs": Flag("training.num_epochs", "most epochs to train", int),
+    "--batch-size": Flag("data.batch_size", "films per batch", int),
+    "--image-size": Flag("data.image_size", "side of the square the model sees, in pixels", int),
+    "--seed": Flag("training.seed", "of split, order, augmentation and first weights", int),
+    "--device": Flag("runtime.device", "auto, cpu, cuda, cuda:N or mps"),
+    "--precision": Flag("runtime.precision", "auto, fp32, bf16 or fp16"),
+    "--workers": Flag("runtime.workers", "processes that prepare batches; -1 chooses", int),
+    "--split": Flag("evaluation.split", "train, val, test or all"),
+    "--positive-class": Flag("data.positive_class", "the class that is 'disease' in a binary task"),
+    "--threshold": Flag(
+        "evaluation.threshold", "positive from this probability (or score) on, stated in advance", float
+    ),
+    "--prevalence": Flag("evaluation.prevalence", "share of positives where the model will be used", float),
+    "--subgroups": Flag("evaluation.subgroups", "columns to compare groups by, such as age,sex,view"),
+    "--min-subgroup": Flag("evaluation.min_subgroup", "films from which on a group is judged", int),
+    "--interval": Flag("evaluation.proportion_interval", "wilson, clopper_pearson, jeffreys, agresti_coull, wilson_cc"),
+    "--level": Flag("evaluation.level", "coverage of the intervals, such as 0.95", float),
+    "--skip-unreadable": Flag("data.skip_unreadable", "leave unreadable films out and list them", bool),
+}
+DATA_FLAGS = ("--data-dir", "--manifest", "--skip-unreadable", "--batch-size")
+DEVICE_FLAGS = ("--device", "--precision")
+EVALUATION_FLAGS = (
+    "--split",
+    "--positive-class",
+    "--threshold",
+    "--prevalence",
+    "--subgroups",
+    "--min-subgroup",
+    "--interval",
+    "--level",
+)
+TRAIN_FLAGS = tuple(name for name in FLAGS if name not in EVALUATION_FLAGS)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command line."""
+
+    run: Callable[[Arguments], int]
+    summary: str
+    example: str
+    flags: Sequence[str]
+    extra: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line and the nearest known flag."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def refuse(self, extras: Sequence[str]) -> NoReturn:
+        """Say which word was not understood, and the flag it may have meant."""
+        flag = next((word.split("=")[0] for word in extras if word.startswith("-")), None)
+        hint = nearest(flag, self._option_string_actions) if flag else ""
+        self.error(f"unknown argument {flag or extras[0]!r}{hint}")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the program, and that of each verb."""
+    width = max(len(name) for name in VERBS)
+    listing = "\n".join(
+        f"  {name:{width}}  {verb.summary}\n  {'':{width}}    {verb.example}" for name, verb in VERBS.items()
+    )
+    parser = Parser(
+        prog="main.py",
+        description="Medical images to a trained, honestly measured, compressed and served classifier.",
+        epilog=f"verbs:\n{listing}\n\nhelp of a verb: python main.py VERB --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python main.py VERB [options]",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
+    return parser, {name: _add_verb(verbs, name, verb) for name, verb in VERBS.items()}
+
+
+def _add_verb(verbs: Any, name: str, verb: Verb) -> Parser:
+    parser: Parser = verbs.add_parser(
+        name,
+        prog=f"main.py {name}",
+        description=verb.summary,
+        epilog=f"example:\n  {verb.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for flag in verb.flags:
+        setting = FLAGS[flag]
+        if setting.kind is bool:
+            parser.add_argument(flag, dest=setting.field, action=argparse.BooleanOptionalAction, help=setting.help)
+        else:
+            metavar = "N" if setting.kind is int else flag.lstrip("-").split("-")[-1].upper()
+            parser.add_argument(flag, dest=setting.field, type=setting.kind, metavar=metavar, help=setting.help)
+    verb.extra(parser)
+    parser.add_argument("--config", metavar="FILE.yaml", default=None, help="settings; flags win over the file")
+    parser.add_argument(
+        "--set", metavar="section.field=value", action="append", default=[], help="any setting by name; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", default=False, help="print the main result as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", default=False, help="say nothing but warnings and errors")
+    return parser
+
+
+def layers(arguments: Arguments) -> list[Overrides]:
+    """The YAML file's settings, then those of the flags and --set: later wins."""
+    flags = {name: value for name, value in vars(arguments).items() if "." in name}
+    flags.update(parse_assignment(text) for text in arguments.set)
+    return [read_yaml(arguments.config) if arguments.config else {}, flags]
+
+
+def finish(arguments: Arguments, result: dict[str, Any], words: str = "") -> int:
+    """Print the result: JSON when asked for, else `words` unless quiet."""
+    if arguments.json:
+        from runtime import to_json
+
+        print(to_json(result))
+    elif words and not arguments.quiet:
+        print(words)
+    return 0
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------
+
+
+def run_train(arguments: Arguments) -> int:
+    """Train, or go on from a checkpoint."""
+    import train
+
+    overrides = layers(arguments)
+    if arguments.resume is None:
+        result = train.train(resolve(*overrides))
+    else:
+        path, config = train.resume_config(Path(arguments.resume), *overrides)
+        result = train.train(config, resume=path)
+    return finish(arguments, dataclasses.asdict(result))
+
+
+def run_evaluate(arguments: Arguments) -> int:
+    """Measure a checkpoint, or the predictions of any program."""
+    import evaluate
+
+    folder = Path(arguments.output_dir)
+    if arguments.predictions is not None:
+        validation = arguments.validation_predictions
+        report = evaluate.evaluate_table(
+            Path(arguments.predictions),
+            layers(arguments),
+            output_dir=folder,
+            validation_predictions=Path(validation) if validation else None,
+        )
+    elif arguments.validation_predictions is not None:
+        raise ConfigError("--validation-predictions goes with --predictions; a checkpoint has its own validation films")
+    else:
+        report = evaluate.evaluate(
+            Path(arguments.checkpoint), layers(arguments), output_dir=folder, model_type=arguments.model
+        )
+    return finish(arguments, report, f"{evaluate.summary(report)}\nwritten to {folder}: report.html and its figures")
+
+
+def run_compare(arguments: Arguments) -> int:
+    """Compare two models on the same films."""
+    import compare
+
+    tables = arguments.predictions is not None
+    first, second = (Path(name) for name in (arguments.predictions if tables else arguments.checkpoints))
+    result = (compare.compare_tables if tables else compare.compare_checkpoints)(
+        first,
+        second,
+        layers(arguments),
+        output_dir=Path(arguments.output_dir),
+        thresholds=arguments.thresholds,
+        margin=arguments.margin,
+    )
+    return finish(arguments, result, f"{compare.summary(result)}\nwritten to {arguments.output_dir}")
+
+
+def run_reader_study(arguments: Arguments) -> int:
+    """Analyse a reader study, or plan one."""
+    config = resolve(*layers(arguments))
+    study: dict[str, Any] = {name: getattr(arguments, name) for name in STUDY_OPTIONS if hasattr(arguments, name)}
+    if "modalities" in study:
+        study["modalities"] = [name.strip() for name in study["modalities"].split(",")]
+    study |= {"level": config.evaluation.level, "threshold": config.evaluation.threshold}
+    study |= {"n_boot": config.evaluation.bootstrap_resamples, "seed": config.training.seed}
+    if arguments.plan is not None:
+        return _run_plan(arguments, study)
+    if arguments.table is None:
+        raise ConfigError("--table T.csv is missing: give the readings to analyse, or --plan a study")
+    import reader_study_report
+
+    folder = Path(arguments.output_dir)
+    result = reader_study_report.study_report(Path(arguments.table), output_dir=folder, **study)
+    return finish(arguments, result, f"{reader_study_report.summary(result)}\nwritten to {folder}")
+
+
+def _run_plan(arguments: Arguments, study: dict[str, Any]) -> int:
+    import study_plan
+    from reader_study import load_table
+    from runtime import write_json
+
+    pilot = load_table(arguments.table, cluster=study.get("cluster")) if arguments.table else None
+    result = study_plan.plan(arguments.plan, pilot=pilot, study=study)
+    write_json(Path(arguments.output_dir) / "study_plan.json", result)
+    return finish(arguments, result, study_plan.summary(result))
+
+
+def run_predict(arguments: Arguments) -> int:
+    """Predict films into a CSV."""
+    import predict
+
+    config = resolve(*layers(arguments))
+    result = predict.predict(
+        arguments.films,
+        checkpoint=Path(arguments.checkpoint),
+        output_dir=Path(arguments.output_dir),
+        batch_size=config.data.batch_size,
+        device=config.runtime.device,
+        precision=config.runtime.precision,
+        model_type=arguments.model,
+    )
+    return finish(arguments, result, predict.summary(result))
+
+
+def run_demo(arguments: Arguments) -> int:
+    """The tour on synthetic films."""
+    import demo
+
+    result = demo.demo(Path(arguments.output_dir), overrides=layers(arguments))
+    return finish(arguments, result, demo.summary(result))
+
+
+def run_config(arguments: Arguments) -> int:
+    """Print the resolved configuration."""
+    config = resolve(*layers(arguments))
+    return finish(arguments, config.to_dict(), to_yaml(config).rstrip())
+
+
+def run_doctor(arguments: Arguments) -> int:
+    """Report on the machine."""
+    import doctor
+
+    facts = doctor.examine()
+    return finish(arguments, facts, doctor.summary(facts))
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", dest="runtime.output_dir", metavar="DIR", help="run folder (checkpoints)")
+    parser.add_argument(
+        "--resume", metavar="CHECKPOINT", default=None, help="go on from a checkpoint, or from a run folder"
+    )
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pth of a run folder")
+    parser.add_argument("--model", default=None, help="only checked against the checkpoint")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
+    what.add_argument(
+        "--predictions",
+        metavar="FILE.csv",
+        default=None,
+        help="path,label and probability_<CLASS>..., or one column probability or score of the positive class",
+    )
+    parser.add_argument(
+        "--validation-predictions",
+        metavar="FILE.csv",
+        default=None,
+        help="films of other patients: operating points and calibration are chosen on them",
+    )
+    parser.add_argument("--model", default=None, help="only checked against the checkpoint")
+    parser.add_argument("--output-dir", metavar="DIR", default="evaluation_results", help="(evaluation_results)")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--predictions", nargs=2, metavar=("A.csv", "B.csv"), default=None, help="as for evaluate")
+    what.add_argument("--checkpoints", nargs=2, metavar=("A.pth", "B.pth"), default=None, help="predicted on --split")
+    parser.add_argument(
+        "--thresholds",
+        nargs=2,
+        type=float,
+        metavar=("A", "B"),
+        default=None,
+        help="positive from these on (the checkpoints' own, or 0.5)",
+    )
+    parser.add_argument(
+        "--margin", type=float, default=None, help="also test whether one is worse by no more than this AUROC"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", default="comparison", help="(comparison)")
+
+
+STUDY_OPTIONS = {
+    "method": "or (Obuchowski-Rockette), dbm (Dorfman-Berbaum-Metz) or ustat (Gallas); (or)",
+    "covariance": "jackknife, delong, bootstrap, unbiased, or obuchowski for clusters",
+    "readers": "random or fixed (random)",
+    "cases": "random or fixed (random)",
+    "outcome": "auc, sensitivity or specificity, the last two at --threshold (auc)",
+    "modalities": "which to compare, and their order: first - second, as in with,without",
+    "cluster": "column of what holds several cases, such as the patient",
+    "missing": "readings not made: error, or available to use those there are (error)",
+}
+PLAN_HELP = """\
+plans (--plan NAME PARAMETER=VALUE ...; leave out what is to be found):
+  one_auc           auc n_positive n_negative power alpha ratio two_sided
+  paired_auc        n_positive power alpha, and delta variance_a variance_b covariance ratio, or --table
+  partial_auc       n_positive power alpha, and a1 b1 a2 b2 delta corr_positive corr_negative fpr_low fpr_high ratio
+  auc_precision     auc margin power alpha ratio outcome icc lesions
+  mrmc_power        readers cases effect alpha random, and the components, or --table
+  mrmc_cases        readers power effect alpha random, and the components, or --table
+  mrmc_readers      cases power effect alpha random, and the components, or --table
+    components:     reader_by_modality error cov1 cov2 cov3 pilot_cases pilot_effect
+  mrmc_conjectured  readers delta theta range_between range_within r1 r2 r3 rb ratio readings power alpha outcome
+                    sessions range_rule binomial icc lesions
+  precision         p margin level share
+  accuracy_cohort   sensitivity specificity prevalence margin level
+  two_proportions   p1 p2 power n alpha method two_sided
+  kappa             kappa_null kappa prevalence raters power alpha
+  kappa_precision   kappa lower upper prevalence raters alpha
+example: python main.py reader_study --table pilot.csv --plan mrmc_cases readers=6 effect=0.05 power=0.8"""
+
+
+def _reader_study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--table", metavar="T.csv", default=None, help="reader,modality,case,truth,score; a row a reading"
+    )
+    for name, words in STUDY_OPTIONS.items():
+        parser.add_argument(f"--{name}", metavar="NAME", help=words)
+    parser.add_argument(
+        "--plan", nargs="+", metavar="WORD", default=None, help="sample size or power of a study to come: see below"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", default="reader_study", help="(reader_study)")
+    parser.epilog = f"{parser.epilog}\n\n{PLAN_HELP}"
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("films", nargs="+", metavar="FILE|DIR", help="image files, or folders searched through")
+    _checkpoint_arguments(parser)
+    parser.add_argument("--output-dir", metavar="DIR", default="predictions", help="(predictions)")
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-dir", metavar="DIR", default="demo_output", help="(demo_output)")
+
+
+VERBS = {
+    "demo": Verb(
+        run_demo,
+        "make synthetic films, train a small model on them, measure it",
+        "python main.py demo",
+        ("--epochs", "--seed", *DEVICE_FLAGS),
+        _demo_arguments,
+    ),
+    "train": Verb(
+        run_train,
+        "fine-tune a network on a folder or table of films",
+        "python main.py train --model resnet50 --epochs 50",
+        TRAIN_FLAGS,
+        _train_arguments,
+    ),
+    "evaluate": Verb(
+        run_evaluate,
+        "measure a checkpoint, or any predictions.csv, with intervals, and write a report",
+        "python main.py evaluate --checkpoint checkpoints/best_model.pth",
+        (*DATA_FLAGS, *EVALUATION_FLAGS, "--seed", *DEVICE_FLAGS),
+        _evaluate_arguments,
+    ),
+    "compare": Verb(
+        run_compare,
+        "two models on the same films: AUROC, McNemar, reclassification, every metric",
+        "python main.py compare --predictions A.csv B.csv",
+        (*DATA_FLAGS, "--split", "--positive-class", "--level", "--seed", *DEVICE_FLAGS),
+        _compare_arguments,
+    ),
+    "reader_study": Verb(
+        run_reader_study,
+        "several readers, several cases, with and without assistance; or the size such a study needs",
+        "python main.py reader_study --table T.csv --method or --covariance jackknife",
+        ("--threshold", "--level", "--seed"),
+        _reader_study_arguments,
+    ),
+    "predict": Verb(
+        run_predict,
+        "films or folders to a CSV of probabilities",
+        "python main.py predict films/ --checkpoint checkpoints/best_model.pth",
+        ("--batch-size", *DEVICE_FLAGS),
+        _predict_arguments,
+    ),
+    "config": Verb(
+        run_config,
+        "print the resolved configuration as YAML",
+        "python main.py config --set training.num_epochs=5",
+        (*TRAIN_FLAGS, *EVALUATION_FLAGS),
+    ),
+    "doctor": Verb(
+        run_doctor,
+        "versions, device, instruction sets and weight cache of this machine",
+        "python main.py doctor",
+        (),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].replace("-", "_") in VERBS:
+        words[0] = words[0].replace("-", "_")
+    elif words and not words[0].startswith("-"):
+        known = nearest(words[0], VERBS)
+        print(f"main.py: unknown verb {words[0]!r}{known} (verbs: {', '.join(VERBS)})", file=sys.stderr)
+        return 2
+    parser, of_verb = build_parser()
+    arguments, extras = parser.parse_known_args(words)
+    if arguments.verb is None:
+        if extras:
+            parser.refuse(extras)
+        parser.print_help()
+        return 0
+    if extras:
+        of_verb[arguments.verb].refuse(extras)
+    return _run(arguments)
+
+
+def _run(arguments: Arguments) -> int:
+    from runtime import Interrupted, setup_logging
+
+    setup_logging(quiet=arguments.quiet)
+    try:
+        return VERBS[arguments.verb].run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
