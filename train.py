@@ -532,15 +532,18 @@ class Fit:
         return logits_NC
 
     def _logits_by_batch(self, requests: Sequence[Request]) -> Iterator[FloatArray]:
-        deployed = self._deployed()
         if self.features is None:
-            engine = TorchEngine(deployed, self.prepared.spec, device=self.device, precision=self.precision)
-            yield from (engine.logits(batch.inputs) for batch in self.val_loader(requests))
+            yield from self._whole_network_logits(self._deployed(), requests)
             return
-        tail = Tail(deployed.eval(), self._cut).train(False)
+        tail = Tail(self._deployed().eval(), self._cut).train(False)
         for batch in self.features.val_batches(requests):
             with torch.inference_mode(), autocast(self.device, self.precision):
                 yield tail(self._inputs(batch)).float().cpu().numpy()
+
+    def _whole_network_logits(self, model: Classifier, requests: Sequence[Request]) -> Iterator[FloatArray]:
+        """Logits of the validation films by the way that a prediction will take."""
+        engine = TorchEngine(model, self.prepared.spec, device=self.device, precision=self.precision)
+        return (engine.logits(batch.inputs) for batch in self.val_loader(requests))
 
     def _close_epoch(self, *, films_per_s: float, started: float) -> None:
         """Measure, write the row, keep the best, save; then stand at the start of the next epoch."""
@@ -591,6 +594,18 @@ class Fit:
             target=settings.operating_point_target if targeted else None,
         )
         return {"temperature": temperature, "operating_point": {**asdict(point), "positive_class": self.positive}}
+
+    def _calibrate_whole_network(self, best: dict[str, Any]) -> dict[str, Any]:
+        """Choose temperature and operating point anew with the whole network.
+
+        Another engine computed the cached features, and its rounding may move a threshold.
+        """
+        load_state(self.model, best["model_state_dict"], source=checkpoint.BEST)
+        requests = sequential_requests(len(self.prepared.val_set), self.config.data.batch_size)
+        logits_NC = np.concatenate(list(self._whole_network_logits(self.model, requests)))
+        calibrated = {**best, **self._calibrate(logits_NC, self.prepared.val_set.labels)}
+        checkpoint.save(self.folder / checkpoint.BEST, calibrated)
+        return calibrated
 
     def _epoch_line(self, row: dict[str, float], *, better: bool) -> str:
         monitored = self.config.training.monitor
@@ -704,6 +719,8 @@ class Fit:
             )
         plots.training_curves(standing.history, self.folder / "training_curves.png")
         best = checkpoint.load(self.folder / checkpoint.BEST)
+        if self.features is not None:
+            best = self._calibrate_whole_network(best)
         row = standing.history[standing.best_epoch - 1]
         validation = {name[4:]: value for name, value in row.items() if name.startswith("val_")}
         log.info(

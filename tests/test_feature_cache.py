@@ -359,3 +359,20 @@ def test_the_engine_of_a_resumed_run_is_taken_without_a_contest(monkeypatch: pyt
     monkeypatch.setattr(fc, "_seconds", lambda engine, films: pytest.fail("timed"))
     engine = fc.choose_engine(cut, films, device=torch.device("cpu"), precision="fp32", wanted="torch fp32")
     assert engine.name == "torch fp32"
+
+
+def test_the_stored_operating_point_is_that_of_the_whole_network(tiny: Config, tmp_path: Path) -> None:
+    from data_preprocessing import sequential_requests
+    from predictor import load, softmax
+
+    config = changed(tiny, **FP32)
+    result = train.train(config)
+    made = train.prepare(config)
+    predictor = load(result.best_model, device="cpu", precision="fp32")
+    batches = [made.val_set[request].inputs for request in sequential_requests(len(made.val_set), 8)]
+    logits = np.concatenate([predictor.engine.logits(batch) for batch in batches])
+    assert predictor.temperature == pytest.approx(train.fit_temperature(logits, made.val_set.labels), rel=1e-4)
+    point = train.choose_threshold(
+        made.val_set.labels == 1, softmax(logits, predictor.temperature)[:, 1], rule="youden"
+    )
+    assert predictor.threshold == pytest.approx(point.threshold, rel=1e-4)
