@@ -192,6 +192,8 @@ class Prepared:
     """Films, specification and first weights of a run."""
 
     manifest: Manifest
+    digest: str
+    """Of the split before unreadable films were left out, so that the same data are known again."""
     spec: PreprocessSpec
     train_set: FilmBatches
     val_set: FilmBatches
@@ -273,10 +275,11 @@ def prepare(config: Config, *, random_weights: bool = False) -> Prepared:
     mean, std = normalisation(model)
     channels = resolve_channels(config.data, list(manifest.split("train")["path"]), seed=seed)
     spec = PreprocessSpec(config.data.image_size, config.data.resize, channels, mean, std)
+    digest = manifest.digest()
     manifest, pixels = open_pixels(manifest, spec, config.data)
     augmenter = Augmenter(config.data, seed=seed)
     train_set = FilmBatches(manifest.split("train"), pixels, augmenter)
-    return Prepared(manifest, spec, train_set, FilmBatches(manifest.split("val"), pixels, None), model)
+    return Prepared(manifest, digest, spec, train_set, FilmBatches(manifest.split("val"), pixels, None), model)
 
 
 def _open_folder(folder: Path) -> None:
@@ -637,7 +640,7 @@ class Fit:
         return {
             "epoch": epoch,
             "seed": self.config.training.seed,
-            "manifest_digest": self.prepared.manifest.digest(),
+            "manifest_digest": self.prepared.digest,
             **{name: facts[name] for name in chosen},
         }
 
@@ -662,7 +665,7 @@ class Fit:
                 f"--resume {source}: holds weights only; resume from a checkpoint_epoch_<N>.pth, or start a new "
                 "run from it with --weights"
             )
-        if stored["provenance"]["manifest_digest"] != self.prepared.manifest.digest():
+        if stored["provenance"]["manifest_digest"] != self.prepared.digest:
             raise DataError(
                 f"--resume {source}: the films, labels or splits are not those it was trained on; restore them or "
                 "start a new run"

@@ -246,3 +246,18 @@ def test_the_demo_ends_with_a_model_that_found_the_opacities(tmp_path: Path) -> 
     assert result["test"]["auc_roc"]["value"] >= 0.85
     assert all(Path(path).exists() for path in result["artefacts"].values())
     assert "go on with:" in demo.summary(result)
+
+
+def test_films_left_out_as_unreadable_do_not_make_the_data_look_changed(films: Path, tmp_path: Path) -> None:
+    import train
+    from config import resolve
+    from tests.conftest import TINY
+
+    shutil.copytree(films, tmp_path / "films")
+    (tmp_path / "films" / "train" / "NORMAL" / "IM-9001-0001.jpeg").write_text("no film")
+    paths = {"data.data_dir": str(tmp_path / "films"), "runtime.output_dir": str(tmp_path / "run")}
+    result = train.train(resolve(TINY, paths, {"data.skip_unreadable": True, "training.num_epochs": 1}))
+    report = evaluate.evaluate(Path(result.best_model), [{"evaluation.split": "val"}], output_dir=tmp_path / "out")
+    assert report["source"]["films_of_training"]
+    split = pd.read_csv(tmp_path / "run" / "split.csv")
+    assert "train/NORMAL/IM-9001-0001.jpeg" not in set(split["path"])
