@@ -349,7 +349,13 @@ def _equalized_odds(sensitivity: Rates, false_positive: Rates, *, level: float) 
     parts = [_gap(rates, measure="", level=level) for rates in (sensitivity, false_positive)]
     measure = "sensitivity and false positive rate"
     if len(shared) < 2 or any(len(rates.names) < 2 for rates in (sensitivity, false_positive)):
-        return parts[0] | {"measure": measure, "mean_difference": math.nan, "difference": math.nan}
+        lacking = "sensitivity" if len(sensitivity.names) < 2 else "false positive rate"
+        undefined = ("difference", "ci_low", "ci_high", "mean_difference", "statistic", "p_value")
+        return dict.fromkeys(undefined, math.nan) | {
+            "measure": measure,
+            "reason": f"fewer than two subgroups have a {lacking} to compare",
+            "left_out": sorted(set(sensitivity.left_out) | set(false_positive.left_out)),
+        }
     worst = max(parts, key=lambda part: part["difference"])
     cov = _joint_covariance(sensitivity.influence, false_positive.influence, sensitivity.scale)
     k = len(sensitivity.names)

@@ -122,6 +122,8 @@ def assess_table(
     point: dict[str, Any] = {"rule": "argmax", "positive_class": None}
     if films.positive_class is not None:
         given = settings.threshold
+        if given is not None and films.raw is None:
+            check_threshold(given)
         point = {"rule": "fixed", "target": given, "threshold": 0.5 if given is None else given}
         point["positive_class"] = films.positive_class
     result = assess(
@@ -165,7 +167,14 @@ def _operating_point(stored: Mapping[str, Any], config: Config) -> dict[str, Any
         )
     if given is None or stored.get("positive_class") is None:
         return dict(stored)
+    check_threshold(given)
     return {"rule": "fixed", "target": given, "threshold": given, "positive_class": stored["positive_class"]}
+
+
+def check_threshold(threshold: float) -> None:
+    """ConfigError for a threshold that no probability could be compared with."""
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"evaluation.threshold: {threshold:g} is not a probability; give one from 0 to 1")
 
 
 def evaluation_manifest(predictor: Predictor, config: Config) -> tuple[Manifest, bool]:
@@ -174,7 +183,7 @@ def evaluation_manifest(predictor: Predictor, config: Config) -> tuple[Manifest,
     Other films are split as the data name it; those that name no split are all taken as test.
     """
     manifest = load_manifest(config.data, classes=predictor.classes)
-    resplit = _as_trained(manifest, predictor, config)
+    resplit = _as_trained(manifest, predictor)
     if resplit is not None:
         return resplit, True
     log.info("these are not the films the model was trained on: their own splits are used")
@@ -184,10 +193,11 @@ def evaluation_manifest(predictor: Predictor, config: Config) -> tuple[Manifest,
     return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root), False
 
 
-def _as_trained(manifest: Manifest, predictor: Predictor, config: Config) -> Manifest | None:
-    """`manifest` split as in training, or None where these are other films."""
+def _as_trained(manifest: Manifest, predictor: Predictor) -> Manifest | None:
+    """`manifest` split as in training, by the settings and the seed of training; None where these are other films."""
+    trained = predictor.config
     try:
-        resplit = split_manifest(manifest, config.data, seed=config.training.seed)
+        resplit = split_manifest(manifest, trained.data, seed=trained.training.seed)
     except DataError:
         return None  # films that could not be trained on can still be measured on
     return resplit if resplit.digest() == predictor.provenance["manifest_digest"] else None
@@ -209,7 +219,7 @@ def validation_films(
             manifest = load_manifest(stored.data, classes=predictor.classes)
         except DataError:
             return None, f"the films of training are not at {stored.data.manifest or stored.data.data_dir}"
-        trained_on = _as_trained(manifest, predictor, stored)
+        trained_on = _as_trained(manifest, predictor)
         if trained_on is None:
             return None, "the films of training have changed since, so its validation split is not known"
     log.info("predicting the validation split of training, on which operating points and calibration are chosen")

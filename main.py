@@ -39,7 +39,11 @@ FLAGS = {
     "--epochs": Flag("training.num_epochs", "most epochs to train", int),
     "--batch-size": Flag("data.batch_size", "films per batch", int),
     "--image-size": Flag("data.image_size", "side of the square the model sees, in pixels", int),
-    "--seed": Flag("training.seed", "of split, order, augmentation and first weights", int),
+    "--seed": Flag(
+        "training.seed",
+        "of all that is drawn: split, order, augmentation, first weights; of the bootstrap when measuring",
+        int,
+    ),
     "--device": Flag("runtime.device", "auto, cpu, cuda, cuda:N or mps"),
     "--precision": Flag("runtime.precision", "auto, fp32, bf16 or fp16"),
     "--workers": Flag("runtime.workers", "processes that prepare batches; -1 chooses", int),

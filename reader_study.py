@@ -51,6 +51,8 @@ __all__ = ["load_table", "reader_roc_points", "reader_study"]
 
 METHODS = ("or", "dbm", "ustat")
 COVARIANCES = ("jackknife", "delong", "bootstrap", "unbiased", "obuchowski")
+OWN_COVARIANCE = {"dbm": "jackknife", "ustat": "unbiased"}
+"""Methods that leave no choice of covariance."""
 HEADLINE = ("difference", "se", "ci_low", "ci_high", "f_statistic", "df_num", "df_den", "p_value")
 OUTCOMES = ("auc", "sensitivity", "specificity")
 
@@ -136,7 +138,7 @@ def _bootstrap(data: Readings, *, n_boot: int, seed: int) -> Array:
     pairs_BG = (weight_BP @ data.read_GP.T) * (weight_BN @ data.read_GN.T)
     kept = (pairs_BG > 0).all(axis=1)
     if kept.sum() < n_boot / 2:
-        raise DataError("reader study: most bootstrap resamples lack a class; use covariance='jackknife'")
+        raise DataError("reader study: most bootstrap resamples lack a class; use covariance jackknife")
     hits_GB = np.stack([((weight_BP[kept] @ part) * weight_BN[kept]).sum(axis=1) for part in data.success_GPN])
     return np.atleast_2d(np.cov(hits_GB / pairs_BG[kept].T))
 
@@ -447,7 +449,7 @@ def _reader_rows(
 def _dorfman_berbaum_metz(study: Study, data: Readings, *, readers: str, cases: str, level: float) -> dict[str, Any]:
     """Three-way ANOVA of jackknife pseudovalues, with the denominators and df of Hillis, Berbaum & Metz 2008."""
     if study.design != FACTORIAL:
-        raise ConfigError(f"method 'dbm' needs a factorial design, not {study.design}; use method='or' or 'ustat'")
+        raise ConfigError(f"method 'dbm' needs a factorial design, not {study.design}; use method or or ustat")
     units = data.units
     pseudo_GU = units * data.theta_G[:, None] - (units - 1) * _leave_one_out(data)
     pseudo_IJK = pseudo_GU.reshape(len(study.modalities), len(study.readers), units)
@@ -579,7 +581,7 @@ def _u_statistics(study: Study, data: Readings, *, readers: str, level: float) -
     the sessions, with a normal reference.
     """
     if data.clustered:
-        raise ConfigError("method 'ustat' knows no clusters; use method='or' with covariance='obuchowski'")
+        raise ConfigError("method 'ustat' knows no clusters; use method or with covariance obuchowski")
     sums, counts = _moment_sums(data)
     cov_GG = _unbiased(sums, counts)
     count = len(study.modalities)
@@ -698,6 +700,8 @@ def reader_study(
     one `difference` (see `pairwise`). Sources: Obuchowski & Rockette 1995; Hillis 2007, 2014; Hillis, Berbaum & Metz
     2008; Gallas 2006; Gallas et al. 2009; Obuchowski 1997.
     """
+    if covariance and method in OWN_COVARIANCE and covariance != OWN_COVARIANCE[method]:
+        raise ConfigError(f"covariance {covariance!r} belongs to method or; method {method} has its own, so drop it")
     covariance = covariance or ("obuchowski" if cluster and method == "or" else "jackknife")
     _check_options(method=method, covariance=covariance, outcome=outcome, readers=readers, cases=cases, missing=missing)
     if not 0 < level < 1:
@@ -720,7 +724,7 @@ def reader_study(
         result = _u_statistics(study, data, readers=readers, level=level)
     settings = {
         "method": method,
-        "covariance_method": {"or": covariance, "dbm": "jackknife", "ustat": "unbiased"}[method],
+        "covariance_method": OWN_COVARIANCE.get(method, covariance),
         "outcome": outcome,
         "threshold": threshold,
         "level": level,
@@ -752,7 +756,8 @@ def _require_readers(study: Study, readers: str) -> None:
         g = int(np.flatnonzero(study.modality_G == alone[0])[0])
         raise DataError(
             f"reader study: only reader {study.sessions[g][0]!r} read modality {study.sessions[g][1]!r}; random "
-            "readers need at least two in each modality: add readers, or use readers='fixed' to speak of this one"
+            "readers need at least two in each modality: add readers, or use fixed readers (--readers fixed) to speak of "
+            "this one"
         )
 
 
@@ -761,7 +766,7 @@ def _require_readings(study: Study, *, method: str, covariance: str, missing: st
     if study.design == MIXED:
         raise DataError(
             f"reader study: some of the {len(study.readers)} readers used every modality and some did not, which "
-            f"method {method!r} cannot analyse; use method='ustat'"
+            f"method {method!r} cannot analyse; use method ustat (--method ustat)"
         )
     if not study.skipped:
         return
@@ -769,10 +774,10 @@ def _require_readings(study: Study, *, method: str, covariance: str, missing: st
     if able and missing == "available":
         return
     listed = examples([f"{name!r} ({lost} of {of})" for name, (lost, of) in study.skipped.items()], count=8)
-    offer = " (or missing='available' with method='or')" if missing == "error" else ""
+    offer = " (or missing available with method or)" if missing == "error" else ""
     raise DataError(
         f"reader study: readings are missing for {len(study.skipped)} reader(s): {listed}; add them, leave those cases "
-        f"out for everybody, or use method='ustat'{offer}"
+        f"out for everybody, or use method ustat (--method ustat){offer}"
     )
 
 

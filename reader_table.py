@@ -170,7 +170,7 @@ def _choose_modalities(table: pd.DataFrame, modalities: Sequence[str] | None) ->
         if len(found) == 1:
             raise DataError(
                 f"reader study: only modality {found[0]!r} in the table, so there is nothing to compare; add the "
-                f"readings of another, or name it (modalities=[{found[0]!r}]) for its mean over readers alone"
+                f"readings of another, or name it (--modalities {found[0]}) for its mean over readers alone"
             )
         return found
     chosen = [_identifier(name) for name in modalities]

@@ -261,3 +261,24 @@ def test_films_left_out_as_unreadable_do_not_make_the_data_look_changed(films: P
     assert report["source"]["films_of_training"]
     split = pd.read_csv(tmp_path / "run" / "split.csv")
     assert "train/NORMAL/IM-9001-0001.jpeg" not in set(split["path"])
+
+
+@pytest.mark.parametrize("setting", [{"training.seed": 7}, {"data.val_fraction": 0.4}, {"data.test_fraction": 0.4}])
+def test_no_setting_of_an_evaluation_can_turn_training_films_into_test_films(
+    films: Path, tmp_path: Path, setting: dict[str, float]
+) -> None:
+    import train
+    from config import resolve
+    from tests.conftest import TINY
+
+    paths = {"data.data_dir": str(films / "train"), "runtime.output_dir": str(tmp_path / "run")}
+    result = train.train(resolve(TINY, paths, {"training.num_epochs": 1}))
+    evaluate.evaluate(Path(result.best_model), [setting], output_dir=tmp_path / "out")
+    split = pd.read_csv(tmp_path / "run" / "split.csv").set_index("path")["split"]
+    measured = pd.read_csv(tmp_path / "out" / "predictions.csv")["path"]
+    assert set(split[measured]) == {"test"} and len(measured) == (split == "test").sum()
+
+
+def test_a_threshold_that_is_no_probability_is_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="evaluation.threshold: 1.5 is not a probability"):
+        evaluate.evaluate(trained / "best_model.pth", [{"evaluation.threshold": 1.5}], output_dir=tmp_path)

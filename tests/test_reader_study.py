@@ -486,11 +486,11 @@ def edited(change: str) -> pd.DataFrame:
         ("torn truth", "truth differs between rows of case c3"),
         ("repeated", "data row 217: reader, modality and case repeat"),
         ("empty reader", "data row 4: reader is empty"),
-        ("one reader", "only reader 'r0' read modality 'a'; .* readers='fixed'"),
-        ("one modality", r"only modality 'a' in the table.*modalities=\['a'\]"),
+        ("one reader", "only reader 'r0' read modality 'a'; .*--readers fixed"),
+        ("one modality", r"only modality 'a' in the table.*--modalities a"),
         ("one class", "reader 'r2' with modality 'a' read 12 positive and 0 negative cases"),
-        ("skipped", r"missing for 2 reader\(s\): 'r0' \(2 of 54\), 'r1' \(1 of 54\); .* method='ustat'"),
-        ("half a reader", "some of the 4 readers used every modality and some did not.*method='ustat'"),
+        ("skipped", r"missing for 2 reader\(s\): 'r0' \(2 of 54\), 'r1' \(1 of 54\); .*--method ustat"),
+        ("half a reader", "some of the 4 readers used every modality and some did not.*--method ustat"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_line_that_says_what_to_do(change: str, message: str) -> None:
@@ -581,3 +581,9 @@ def test_a_large_study_takes_seconds() -> None:
     reader_study(table, method="ustat")
     # Half a second each on one core; the bound leaves room for a busy machine.
     assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize("method", ["dbm", "ustat"])
+def test_a_covariance_that_the_method_does_not_take_is_refused(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"covariance 'delong' belongs to method or; method {method} has its own"):
+        reader_study(pd.DataFrame(), method=method, covariance="delong")
