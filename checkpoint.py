@@ -20,7 +20,26 @@ from errors import CheckpointError, first_line
 from runtime import atomic_write
 
 FORMAT_VERSION = 1
-REQUIRED = ("model_state_dict", "config", "classes", "preprocess", "temperature", "operating_point", "provenance")
+REQUIRED = (
+    "model_state_dict",
+    "config",
+    "classes",
+    "preprocess",
+    "temperature",
+    "operating_point",
+    "provenance",
+    "seen_films",
+)
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "model_state_dict": dict,
+    "config": dict,
+    "classes": list,
+    "preprocess": dict,
+    "temperature": (int, float),
+    "operating_point": dict,
+    "provenance": dict,
+    "seen_films": torch.Tensor,
+}
 EPOCH_FILE = re.compile(r"^checkpoint_epoch_(\d+)\.pth$")
 INTERRUPTED = "checkpoint_interrupted.pth"
 BEST = "best_model.pth"
@@ -54,6 +73,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, A
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint; train one first (python main.py train)")
     try:
+        _require_whole(path)
         content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
@@ -68,6 +88,14 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, A
     return _checked(path, content)
 
 
+def _require_whole(path: Path) -> None:
+    """BadZipFile when a stored tensor no longer matches its checksum, which torch.load does not look at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
 def _checked(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or "format_version" not in content:
         raise CheckpointError(f"{path}: not a checkpoint of this program (no format_version); as weights use --weights")
@@ -78,6 +106,9 @@ def _checked(path: Path, content: Any) -> dict[str, Any]:
         )
     if absent := [name for name in REQUIRED if name not in content]:
         raise CheckpointError(f"{path}: incomplete checkpoint: no {', '.join(absent)}")
+    for name, kind in KINDS.items():
+        if not isinstance(content[name], kind):
+            raise CheckpointError(f"{path}: damaged checkpoint: {name} is {type(content[name]).__name__}")
     return content
 
 

@@ -23,7 +23,7 @@ from errors import ConfigError, nearest
 def _check_range(
     section: str, name: str, value: float, low: float, high: float = math.inf, *, open_high: bool = False
 ) -> None:
-    inside = low <= value < high if open_high else low <= value <= high
+    inside = (low <= value < high if open_high else low <= value <= high) and math.isfinite(value)
     if not inside:
         bound = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
         raise ConfigError(f"{section}.{name}: {value!r} is out of range; it must be at least {low:g}{bound}")
@@ -173,8 +173,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "backbone_lr", "weight_decay", "gradient_clip", "mixup_alpha"):
             _check_range("training", name, getattr(self, name), 0)
-        for name in ("cutmix_alpha", "early_stopping_patience", "seed"):
+        for name in ("cutmix_alpha", "early_stopping_patience"):
             _check_range("training", name, getattr(self, name), 0)
+        _check_range("training", "seed", self.seed, 0, 2**63 - 1)
         for name in ("num_epochs", "accumulation_steps", "keep_checkpoints"):
             _check_range("training", name, getattr(self, name), 1)
         for name in ("warmup_fraction", "label_smoothing", "ema_decay"):

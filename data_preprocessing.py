@@ -29,7 +29,8 @@ import torch
 
 import array_cache
 from config import DataConfig
-from errors import ConfigError, DataError, examples, first_line, nearest
+from csv_table import read_text_table
+from errors import ConfigError, DataError, examples, nearest
 from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, has_colour
 from runtime import log, progress, write_text
 
@@ -153,12 +154,7 @@ def _read_folders(folder: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such manifest") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable CSV ({first_line(error)})") from None
+    table = read_text_table(path, what="manifest")
     for column in ("path", "label"):
         if column not in table.columns:
             raise DataError(
@@ -236,10 +232,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _without_excluded(table: pd.DataFrame, path: Path, root: Path) -> pd.DataFrame:
-    try:
-        listed = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as the list of films to exclude ({error})") from None
+    listed = read_text_table(path, what="list of films to exclude")
     if "path" not in listed.columns:
         raise DataError(f"{path}: no column 'path'; list one film a row under that header")
     unwanted = {str((root / name).resolve()) for name in listed["path"]}
@@ -267,14 +260,19 @@ def split_manifest(manifest: Manifest, config: DataConfig, *, seed: int) -> Mani
         table.loc[table["split"] == "val", "split"] = "train"
         table = _hold_out(table, "val", config.val_fraction, seed=seed, classes=manifest.classes)
         log.info("validation: %s; rebuilt from %.0f %% of the training patients", reason, 100 * config.val_fraction)
+    require_every_class(table, manifest.classes)
+    return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root)
+
+
+def require_every_class(table: pd.DataFrame, classes: Sequence[str]) -> None:
+    """DataError when training or validation lacks a class."""
     for split in ("train", "val"):
-        absent = set(range(len(manifest.classes))) - set(table.loc[table["split"] == split, "label"])
+        absent = set(range(len(classes))) - set(table.loc[table["split"] == split, "label"])
         if absent:
             raise DataError(
-                f"{split} split: no film of class {manifest.classes[min(absent)]!r}; every class needs films of at "
+                f"{split} split: no readable film of class {classes[min(absent)]!r}; every class needs films of at "
                 "least two patients outside test"
             )
-    return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root)
 
 
 def check_no_leak(table: pd.DataFrame) -> None:
@@ -415,6 +413,7 @@ def open_pixels(manifest: Manifest, spec: PreprocessSpec, config: DataConfig) ->
     for reason in unreadable.values():
         log.warning("left out: %s", reason)
     kept = manifest.table[~manifest.table["path"].isin(list(unreadable))]
+    require_every_class(kept, manifest.classes)
     return Manifest(kept, manifest.classes, manifest.root), store
 
 
@@ -448,6 +447,19 @@ def _decode_all(paths: Sequence[str], spec: PreprocessSpec, write: array_cache.W
                 unreadable[str(row)] = result
             write(black if isinstance(result, str) else result)
     return {"unreadable": unreadable}
+
+
+def film_hashes(paths: Sequence[str]) -> IntArray:
+    """A 64-bit hash of each file's content, by which a film is known again under any name."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(_file_digest, paths)
+    return np.array(
+        [
+            int.from_bytes(hashlib.blake2b(item.encode(), digest_size=8).digest(), "big", signed=True)
+            for item in digests
+        ],
+        dtype=np.int64,
+    )
 
 
 def _file_digest(path: str) -> str:

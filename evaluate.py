@@ -27,14 +27,14 @@ import report as pages
 from assessment import assess, flow, prior_of
 from calibration import adjust_prior
 from config import Config, Overrides, flatten, resolve
-from data_preprocessing import Manifest, check_no_leak, load_manifest, split_manifest
+from data_preprocessing import Manifest, check_no_leak, film_hashes, load_manifest, split_manifest
 from errors import ConfigError, DataError, examples
 from estimates import FloatArray
-from figures import evaluation_figures
+from figures import FIGURES, evaluation_figures
 from metrics import evaluate_predictions
 from prediction_table import Predictions, of_split, read_predictions, refuse_shared
 from predictor import Prediction, Predictor, Unreadable, load
-from runtime import code_version, library_versions, log, progress, write_json, write_text
+from runtime import code_version, library_versions, log, progress, require_writable, write_json, write_text
 
 OWN_COLUMNS = ("path", "label", "split", "patient_id", "row", "text")
 """Columns of a manifest that are not carried into predictions.csv as they are."""
@@ -61,6 +61,9 @@ def evaluate(
             f"{', '.join(f'{name} ({sum(counts.values())})' for name, counts in manifest.counts().items())}: choose "
             "with --split"
         )
+    if not own:
+        refuse_seen(stored, manifest, rows)
+    require_writable(output_dir)
     films, unreadable = predict_rows(stored, manifest, rows, config)
     validation, no_validation = validation_films(stored, manifest if own else None, config)
     facts = {
@@ -191,6 +194,18 @@ def evaluation_manifest(predictor: Predictor, config: Config) -> tuple[Manifest,
     if (table["split"] == "").all():
         table = table.assign(split="test")
     return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root), False
+
+
+def refuse_seen(predictor: Predictor, manifest: Manifest, rows: pd.DataFrame) -> None:
+    """DataError when films of other data are, by content, films that the model was trained or chosen on."""
+    seen = np.isin(film_hashes(list(rows["path"])), predictor.seen_films)
+    if seen.any():
+        first = manifest.relative_path(rows["path"].iloc[int(np.flatnonzero(seen)[0])])
+        raise DataError(
+            f"{int(seen.sum())} of the {len(rows)} films to measure were trained or validated on, e.g. {first}: the "
+            "data are not those of training but share films with them; restore them, or leave these out with "
+            "data.exclude"
+        )
 
 
 def _as_trained(manifest: Manifest, predictor: Predictor) -> Manifest | None:
@@ -357,13 +372,12 @@ def _write(
     *,
     root: Path,
 ) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
+    require_writable(folder)
     write_json(folder / "metrics.json", result)
     write_text(folder / "predictions.csv", predictions_csv(films, validation, result).to_csv(index=False))
     figures = evaluation_figures(films, validation, result)
+    for name in set(FIGURES) - set(figures):  # of an earlier evaluation into this folder
+        (folder / f"{name}.png").unlink(missing_ok=True)
     drawn = {name: plots.to_file_and_svg(draw, folder / f"{name}.png") for name, draw in figures.items()}
     thumbnails = pages.thumbnails(result["worst_errors"], root)
     write_text(folder / "report.html", pages.report_html(result, drawn, thumbnails))

@@ -31,7 +31,7 @@ from data_preprocessing import Batch, FilmBatches, Request
 from engines import FloatEngine, InputScaling, OpenVinoFloatEngine, TorchFloatEngine, openvino_version
 from models import Classifier
 from preprocess import PreprocessSpec
-from runtime import log, progress
+from runtime import Interrupted, StopRequest, log, progress
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -314,6 +314,7 @@ def open_features(
     device: torch.device,
     precision: str,
     engine: str | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[FeatureCache, int | None]:
     """The features of `model`'s frozen part, computed first if need be, and the position of the cut.
 
@@ -331,7 +332,7 @@ def open_features(
         sample = next(_films(val_set, 1, PROBE_FILMS))
         chosen = choose_engine(cut, sample, device=device, precision=precision, wanted=engine)
         log.info("frozen layers run once on %s: %d films in %d views", chosen.name, len(train_set), views)
-        _extract(chosen, train_set, val_set, views, dtype, write)
+        _extract(chosen, train_set, val_set, views, dtype, write, stop)
         return {"engine": chosen.name}
 
     try:
@@ -354,11 +355,14 @@ def _extract(
     views: int,
     dtype: Any,
     write: array_cache.Writer,
+    stop: StopRequest | None,
 ) -> None:
     films = itertools.chain(_films(train_set, views, EXTRACTION_BATCH), _films(val_set, 1, EXTRACTION_BATCH))
     total = views * len(train_set) + len(val_set)
     for features in engine.stream(progress(films, total=total, label="frozen layers", step=EXTRACTION_BATCH)):
         write(_storable(features, dtype))
+        if stop is not None and stop.signal is not None:
+            raise Interrupted(stop.signal, "stopped while the frozen layers ran; the same command starts them again")
 
 
 def _storable(features: FloatArray, dtype: Any) -> FloatArray:

@@ -26,6 +26,16 @@ RULE_NAMES = {
     "specificity": "Target specificity",
 }
 FOREST_METRICS = {"auc_roc": "AUROC", "sensitivity": "Sensitivity", "specificity": "Specificity"}
+FIGURES = (
+    "confusion_matrix",
+    "roc_curve",
+    "precision_recall_curve",
+    "score_histogram",
+    "reliability_diagram",
+    "decision_curve",
+    *(f"subgroup_{name.lower()}" for name in FOREST_METRICS.values()),
+)
+"""Every figure an evaluation may write."""
 MAX_FOREST_ROWS = 40
 
 

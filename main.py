@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -469,7 +470,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Arguments) -> int:
     from runtime import Interrupted, setup_logging
 
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Interrupted(number, "stopped before there was anything to save")
+
     setup_logging(quiet=arguments.quiet)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         return VERBS[arguments.verb].run(arguments)
     except UserError as error:
@@ -481,6 +486,13 @@ def _run(arguments: Arguments) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; free it or name another with --output-dir", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

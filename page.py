@@ -71,7 +71,9 @@ figure svg, figure img { display: block; width: 100%; height: auto; }
 .sign div { border-top: 0.25mm solid var(--ink); padding-top: 1mm; font-size: 8.5pt; color: var(--soft); }
 @media screen and (max-width: 640px) { .cards, .films, .sign { grid-template-columns: 1fr 1fr; }
   .side { grid-template-columns: 1fr; } }
-@media print { body { max-width: none; padding: 0; } .newpage { break-before: page; } .wide { overflow: visible; } }
+@media print { body { max-width: none; padding: 0; }
+  .newpage { break-before: page; } .wide { overflow: visible; font-size: 80%; }
+  .wide td, .wide th { padding: 0.5mm 0.8mm; } }
 """.strip()
 
 

@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
@@ -73,6 +74,8 @@ def as_png(draw: Callable[..., None], *args: Any, **kwargs: Any) -> bytes:
 
 
 def _save(figure: Figure, target: Target) -> None:
+    for words in figure.findobj(Text):  # a class may be called $x$: no text here is mathematics
+        words.set_parse_math(False)
     if isinstance(target, tuple):
         for each in target:
             _save(figure, each)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import ConfigError
+from errors import ConfigError, DataError
 from predictor import Unreadable, find_films, load
 from runtime import log, progress
 
@@ -52,6 +52,8 @@ def predict(
         raise ConfigError(f"--output-dir {output_dir}: cannot be written ({error.strerror}); name another") from None
     for item in unreadable:
         log.warning("unreadable: %s", item.reason)
+    if len(unreadable) == len(paths):
+        raise DataError(f"none of the {len(paths)} films can be read; {listed} says why")
     return {
         "films": len(paths),
         "predicted": counts,

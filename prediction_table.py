@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from csv_table import read_text_table
 from data_preprocessing import NEGATIVE_NAMES, positive_class
-from errors import DataError, examples, first_line, nearest
+from errors import DataError, examples, nearest
 from estimates import ROW_SUM_TOLERANCE, FloatArray, IntArray
 
 PREFIX = "probability_"
@@ -132,12 +133,7 @@ def read_predictions(
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such predictions file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable CSV ({first_line(error)})") from None
+    table = read_text_table(path, what="predictions file")
     for column in ("path", "label"):
         if column not in table.columns:
             raise DataError(

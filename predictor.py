@@ -67,10 +67,12 @@ class Predictor:
         operating_point: dict[str, Any],
         config: Config,
         provenance: dict[str, Any],
+        seen_films: npt.NDArray[np.int64],
     ) -> None:
         self.engine, self.spec, self.classes = engine, spec, tuple(classes)
         self.temperature, self.operating_point = temperature, operating_point
         self.config, self.provenance = config, provenance
+        self.seen_films = seen_films
 
     @property
     def positive_class(self) -> str | None:
@@ -171,6 +173,7 @@ def load(
         operating_point=content["operating_point"],
         config=config,
         provenance=content["provenance"],
+        seen_films=content["seen_films"].numpy(),
     )
 
 

@@ -756,8 +756,8 @@ def _require_readers(study: Study, readers: str) -> None:
         g = int(np.flatnonzero(study.modality_G == alone[0])[0])
         raise DataError(
             f"reader study: only reader {study.sessions[g][0]!r} read modality {study.sessions[g][1]!r}; random "
-            "readers need at least two in each modality: add readers, or use fixed readers (--readers fixed) to speak of "
-            "this one"
+            "readers need at least two in each modality: add readers, or use fixed readers (--readers fixed) to "
+            "speak of this one"
         )
 
 

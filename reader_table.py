@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from csv_table import read_text_table
 from errors import ConfigError, DataError, examples, nearest
 
 Array = NDArray[np.float64]
@@ -40,15 +41,16 @@ def load_table(path: str | Path, *, cluster: str | None = None) -> pd.DataFrame:
     Identifiers are kept as text ("007" stays "007"). Raises DataError in one line for whatever `reader_study`
     could not use.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, skipinitialspace=True)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as fault:
-        raise DataError(f"{path}: cannot be read as CSV ({str(fault).strip()}); give a CSV file") from fault
+    table = read_text_table(Path(path), what="reader study table")
     return clean_table(table, cluster=cluster, where=str(path))
 
 
 def clean_table(table: pd.DataFrame, *, cluster: str | None, where: str) -> pd.DataFrame:
     """The needed columns with text identifiers, boolean truth and float scores, or a DataError."""
+    if cluster in ("truth", "score", "reader", "modality", "case"):
+        raise ConfigError(
+            f"the cluster column (--cluster) cannot be {cluster!r}; name the column of the patient or slide"
+        )
     wanted = [*COLUMNS, *([cluster] if cluster and cluster not in COLUMNS else [])]
     if missing := [name for name in wanted if name not in table.columns]:
         found = ", ".join(map(str, table.columns)) or "no columns"

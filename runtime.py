@@ -53,6 +53,9 @@ def setup_logging(*, quiet: bool) -> None:
     log.propagate = False
     # A damaged file is reported as an error of its own; Pillow's remarks on the way there help nobody.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    # Nor do matplotlib's on fonts that lack a sign, or torch's on a pickle that is refused a moment later.
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font|constrained_layout not applied")
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")
     log.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
@@ -74,6 +77,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder` and try a file in it, before long work; ConfigError when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
 
 
 def _umask() -> int:

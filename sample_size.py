@@ -553,6 +553,8 @@ def two_proportions(
         return {"n": n if n is not None else found, "power": power if power is not None else found, "alpha": alpha}
     if method != "normal":
         raise ConfigError(f"method {method!r} is not one of normal, arcsine")
+    if n is not None and n <= 0:
+        raise ConfigError(f"n: {n:g} is not a number of films in each group")
     mean, tail = (p1 + p2) / 2, alpha / (2 if two_sided else 1)
     null, alternative = 2 * mean * (1 - mean), p1 * (1 - p1) + p2 * (1 - p2)
     if n is None:

@@ -41,6 +41,7 @@ from data_preprocessing import (
     Request,
     class_weights,
     describe,
+    film_hashes,
     load_manifest,
     open_pixels,
     positive_class,
@@ -67,6 +68,7 @@ from runtime import (
     memory_advice,
     peak_memory_mb,
     progress,
+    require_writable,
     resolve_device,
     resolve_precision,
     run_files,
@@ -194,6 +196,8 @@ class Prepared:
     manifest: Manifest
     digest: str
     """Of the split before unreadable films were left out, so that the same data are known again."""
+    seen: IntArray
+    """Content hashes of the training and validation films; no other data may be measured on them."""
     spec: PreprocessSpec
     train_set: FilmBatches
     val_set: FilmBatches
@@ -245,8 +249,9 @@ def train(config: Config, *, resume: Path | None = None) -> TrainResult:
     device = resolve_device(config.runtime.device)
     precision = resolve_precision(config.runtime.precision, device, use_amp=config.training.use_amp)
     stored = checkpoint.load(resume) if resume else None
-    prepared = prepare(config, random_weights=stored is not None)
     folder = Path(config.runtime.output_dir)
+    require_writable(folder)
+    prepared = prepare(config, random_weights=stored is not None)
     fit = Fit(config, prepared, folder=folder, device=device, precision=precision)
     if stored is None or resume is None:
         _open_folder(folder)
@@ -266,29 +271,26 @@ def prepare(config: Config, *, random_weights: bool = False) -> Prepared:
     positive_class(manifest.classes, config.data.positive_class)
     log.info("%s", describe(manifest))
     torch.manual_seed(seed)
-    model = model_from_config(
-        config.model,
-        num_classes=len(manifest.classes),
-        image_size=config.data.image_size,
-        random=random_weights,
-    )
+    with memory_advice(config.data.batch_size):
+        model = model_from_config(
+            config.model,
+            num_classes=len(manifest.classes),
+            image_size=config.data.image_size,
+            random=random_weights,
+        )
     mean, std = normalisation(model)
     channels = resolve_channels(config.data, list(manifest.split("train")["path"]), seed=seed)
     spec = PreprocessSpec(config.data.image_size, config.data.resize, channels, mean, std)
     digest = manifest.digest()
     manifest, pixels = open_pixels(manifest, spec, config.data)
+    seen = film_hashes(list(manifest.table.loc[manifest.table["split"] != "test", "path"]))
     augmenter = Augmenter(config.data, seed=seed)
     train_set = FilmBatches(manifest.split("train"), pixels, augmenter)
-    return Prepared(manifest, digest, spec, train_set, FilmBatches(manifest.split("val"), pixels, None), model)
+    return Prepared(manifest, digest, seen, spec, train_set, FilmBatches(manifest.split("val"), pixels, None), model)
 
 
 def _open_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        moved = archive(folder, run_files(folder))
-    except OSError as error:
-        raise ConfigError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
-    if moved:
+    if moved := archive(folder, run_files(folder)):
         log.info("the earlier run in %s was moved to %s", folder, moved)
 
 
@@ -296,7 +298,9 @@ def _set_later_files_aside(folder: Path, resumed: Path, standing: Standing) -> N
     """Archive what an abandoned continuation left: checkpoints and a best model from epochs not yet trained here."""
     done = standing.epoch - 1
     later = [path for epoch, path in checkpoint.epoch_files(folder) if epoch > done]
-    best = folder / checkpoint.BEST
+    best, interrupted = folder / checkpoint.BEST, folder / checkpoint.INTERRUPTED
+    if interrupted.exists():
+        later.append(interrupted)
     if best.exists() and checkpoint.load(best)["provenance"]["epoch"] > done:
         later.append(best)
     later = [path for path in later if path.resolve() != resumed.resolve()]
@@ -338,6 +342,7 @@ class Fit:
         self.model = prepared.model.to(device).to(memory_format=torch.channels_last)
         self.to_input = InputScaling(prepared.spec).to(device)
         workers = _worker_count(config.runtime.workers, device)
+        self.stop: StopRequest | None = None
         self.network: torch.nn.Module = self.model
         self.features: FeatureCache | None = None
         self.feature_engine: str | None = None
@@ -374,6 +379,7 @@ class Fit:
 
     def run(self, stop: StopRequest) -> TrainResult:
         """Train to the last epoch, to the end of patience, or to a signal."""
+        self.stop = stop
         self._announce()
         started = time.perf_counter()
         while not self._finished():
@@ -422,6 +428,7 @@ class Fit:
                 device=self.device,
                 precision=self.precision,
                 engine=self.feature_engine,
+                stop=self.stop,
             )
         except CannotCache as reason:
             log.info("frozen layers run in every step: %s", reason)
@@ -628,6 +635,7 @@ class Fit:
             "classes": list(self.classes),
             "preprocess": self.prepared.spec.to_dict(),
             **self.calibrated,
+            "seen_films": torch.from_numpy(self.prepared.seen),
             "provenance": self._provenance(epoch),
         }
         if resumable:

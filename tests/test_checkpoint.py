@@ -24,6 +24,7 @@ CONTENT: dict[str, Any] = {
     "temperature": 1.5,
     "operating_point": {"threshold": 0.4},
     "provenance": {"epoch": 1},
+    "seen_films": torch.zeros(2, dtype=torch.int64),
 }
 ROOT = Path(checkpoint.__file__).parent
 
@@ -158,3 +159,21 @@ def test_a_resume_of_a_folder_starts_from_the_newest(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path).name == "checkpoint_epoch_10.pth"
     (tmp_path / checkpoint.INTERRUPTED).touch()
     assert checkpoint.newest(tmp_path).name == checkpoint.INTERRUPTED
+
+
+def test_a_checkpoint_with_damaged_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    checkpoint.save(path, {**CONTENT, "model_state_dict": {"w": torch.ones(10_000)}})
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 200] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="truncated or damaged checkpoint"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("config", 5), ("classes", "ab")])
+def test_a_field_of_the_wrong_kind_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    checkpoint.save(tmp_path / "x.pth", {**CONTENT, name: value})
+    with pytest.raises(CheckpointError, match=f"damaged checkpoint: {name} is"):
+        checkpoint.load(tmp_path / "x.pth")

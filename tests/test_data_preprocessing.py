@@ -552,3 +552,36 @@ def test_a_disk_that_fills_up_while_the_cache_is_written_is_a_clear_error(
     with pytest.raises(DataError, match="cannot be written .No space left on device."):
         dp.cached_pixels(paths_of(films), SPEC, tmp_path)
     assert not list((tmp_path / "pixels").glob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\na.png,A,\nb.png,B,\n", "rows have more fields than the header"),
+        ("path;label\na.png;A\n", "separate the fields by commas"),
+        ("path,label\na\0.png,A\n", "a NUL byte in column 'path'"),
+    ],
+)
+def test_a_misshapen_csv_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "m.csv").write_bytes(text.encode())
+    with pytest.raises(DataError, match=message):
+        dp.load_manifest(DataConfig(manifest=str(tmp_path / "m.csv")))
+
+
+def test_a_csv_that_is_not_utf8_says_how_to_save_it(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_bytes("path,label\nä.png,A\n".encode("latin-1"))
+    with pytest.raises(DataError, match="save it as CSV in UTF-8"):
+        dp.load_manifest(DataConfig(manifest=str(tmp_path / "m.csv")))
+
+
+def test_a_utf8_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_bytes("\ufeffpath,label\r\na.png,A\r\nb.png,B\r\n".encode())
+    assert dp.load_manifest(DataConfig(manifest=str(tmp_path / "m.csv"))).classes == ("A", "B")
+
+
+def test_skipping_every_film_of_a_class_is_an_error(copied: Path) -> None:
+    for film in (copied / "train" / "NORMAL").iterdir():
+        film.write_text("not a film")
+    config = DataConfig(data_dir=str(copied), skip_unreadable=True)
+    with pytest.raises(DataError, match="train split: no readable film of class 'NORMAL'"):
+        dp.open_pixels(split_of(config), SPEC, config)

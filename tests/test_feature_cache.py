@@ -376,3 +376,24 @@ def test_the_stored_operating_point_is_that_of_the_whole_network(tiny: Config, t
         made.val_set.labels == 1, softmax(logits, predictor.temperature)[:, 1], rule="youden"
     )
     assert predictor.threshold == pytest.approx(point.threshold, rel=1e-4)
+
+
+def test_a_signal_while_the_frozen_layers_run_stops_at_the_next_batch(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    stored, real = [], fc._storable
+
+    def counted(*arguments: Any) -> Any:
+        stored.append(1)
+        if len(stored) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(fc, "_storable", counted)
+    with pytest.raises(train.Interrupted, match="stopped while the frozen layers ran"):
+        train.train(changed(tiny, data__cache_dir=str(tmp_path / "own"), **FP32))
+    assert len(stored) == 2
+    assert not list((tmp_path / "own" / "features").glob("*.npy"))

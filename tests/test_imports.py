@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [
     {"errors"},
-    {"config", "estimates", "runtime", "page", "checklist"},
+    {"config", "estimates", "runtime", "page", "checklist", "csv_table"},
     {"proportions", "array_cache"},
     {"auroc", "agreement", "calibration", "paired_tests"},
     {"resampling"},

@@ -87,6 +87,8 @@ def test_the_surface_of_train_is_frozen() -> None:
         (["trane"], "unknown verb 'trane'; did you mean 'train'"),
         (["train", "--epoch", "3"], "did you mean '--epochs'"),
         (["train", "--epochs", "three"], "argument --epochs: invalid int value: 'three'"),
+        (["train", "--seed", "99999999999999999999"], "training.seed: 99999999999999999999 is out of range"),
+        (["train", "--set", "training.learning_rate=.inf"], "training.learning_rate: inf is out of range"),
         (["train", "--epochs", "0"], "training.num_epochs: 0 is out of range"),
         (["train", "--set", "training.epochs=3"], "--set: unknown setting 'training.epochs'"),
         (["train", "--set", "seed"], "write it as section.field=value"),
@@ -142,3 +144,26 @@ def test_doctor_reports_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["libraries"]["torch"] and facts["cpu_count"] >= 1
+
+
+def test_sigterm_before_there_is_anything_to_save_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import signal
+
+    def stopped(arguments: main.Arguments) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    verb = main.Verb(stopped, "s", "e", ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(main.VERBS, "doctor", verb)
+        assert main.main(["doctor"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.strip() == "stopped before there was anything to save"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main.main(["demo", "--output-dir", str(tmp_path / "file"), "--quiet"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "file" in lines[0]

@@ -152,10 +152,26 @@ def test_evaluation_on_validation_uses_the_split_of_training(trained: Path, tmp_
 
 
 def test_other_films_without_splits_are_all_measured(trained: Path, films: Path, tmp_path: Path) -> None:
+    import synthetic
+
+    synthetic.write_dataset(tmp_path / "other", patients_per_class={"x": 9}, size=32, seed=5)
     report = evaluate.evaluate(
-        trained / "best_model.pth", [{"data.data_dir": str(films / "train")}], output_dir=tmp_path
+        trained / "best_model.pth", [{"data.data_dir": str(tmp_path / "other" / "x")}], output_dir=tmp_path / "out"
     )
-    assert report["n"] == 96
+    assert report["n"] == 36
+
+
+def test_films_of_training_are_refused_as_test_films_under_any_name(trained: Path, films: Path, tmp_path: Path) -> None:
+    for label in ("NORMAL", "PNEUMONIA"):
+        shutil.copytree(films / "test" / label, tmp_path / "mixed" / label)
+    known = sorted((films / "train" / "NORMAL").iterdir())[0]
+    shutil.copy(known, tmp_path / "mixed" / "NORMAL" / "IM-7777-0001.jpeg")
+    with pytest.raises(
+        DataError, match="1 of the 41 films to measure were trained or validated on, e.g. NORMAL/IM-7777"
+    ):
+        evaluate.evaluate(
+            trained / "best_model.pth", [{"data.data_dir": str(tmp_path / "mixed")}], output_dir=tmp_path / "out"
+        )
 
 
 def test_a_split_without_films_names_those_there_are(trained: Path, films: Path, tmp_path: Path) -> None:
@@ -172,7 +188,7 @@ def test_unreadable_films_stop_the_evaluation_or_are_listed(trained: Path, films
     overrides = {"data.data_dir": str(folder)}
     with pytest.raises(DataError, match="1 of 41 films cannot be read: .*IM-9999-0001.jpeg.*--skip-unreadable"):
         evaluate.evaluate(trained / "best_model.pth", [overrides], output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     report = evaluate.evaluate(
         trained / "best_model.pth", [{**overrides, "data.skip_unreadable": True}], output_dir=tmp_path / "out"
     )

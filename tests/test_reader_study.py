@@ -538,7 +538,7 @@ def test_a_csv_file_reads_back_with_identifiers_as_text(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file_is_a_data_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing\.csv: cannot be read"):
+    with pytest.raises(DataError, match=r"nothing\.csv: no such reader study table"):
         load_table(tmp_path / "nothing.csv")
     (tmp_path / "bad.csv").write_text("reader,modality,case,truth\nr0,a,c0,1\n")
     with pytest.raises(DataError, match=r"bad\.csv: column score missing"):

@@ -112,7 +112,7 @@ def test_one_modality_alone_gives_its_mean(table: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         ([], "--table T.csv is missing"),
-        (["--table", "nowhere.csv"], "nowhere.csv: cannot be read as CSV"),
+        (["--table", "nowhere.csv"], "nowhere.csv: no such reader study table"),
         (["--table", "TABLE", "--method", "orr"], "method 'orr' is not one of or, dbm, ustat"),
         (["--table", "TABLE", "--covariance", "jacknife"], "did you mean 'jackknife'"),
         (["--table", "TABLE", "--cluster", "patient"], "column patient missing"),
