@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -474,7 +475,8 @@ def _run(arguments: Arguments) -> int:
         raise Interrupted(number, "stopped before there was anything to save")
 
     setup_logging(quiet=arguments.quiet)
-    previous = signal.signal(signal.SIGTERM, terminate)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         return VERBS[arguments.verb].run(arguments)
     except UserError as error:
@@ -492,7 +494,8 @@ def _run(arguments: Arguments) -> int:
         print(f"error: {error.filename}: {error.strerror}; free it or name another with --output-dir", file=sys.stderr)
         return 2
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

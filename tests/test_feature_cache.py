@@ -381,17 +381,25 @@ def test_the_stored_operating_point_is_that_of_the_whole_network(tiny: Config, t
 def test_a_signal_while_the_frozen_layers_run_stops_at_the_next_batch(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-    import signal
-
     stored, real = [], fc._storable
+
+    class Stopped(train.StopRequest):
+        def __enter__(self) -> train.StopRequest:
+            requests.append(self)
+            return self
+
+        def __exit__(self, *exc: object) -> None:
+            return None
+
+    requests: list[Stopped] = []
 
     def counted(*arguments: Any) -> Any:
         stored.append(1)
         if len(stored) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            requests[0].signal = 15
         return real(*arguments)
 
+    monkeypatch.setattr(train, "StopRequest", Stopped)
     monkeypatch.setattr(fc, "_storable", counted)
     with pytest.raises(train.Interrupted, match="stopped while the frozen layers ran"):
         train.train(changed(tiny, data__cache_dir=str(tmp_path / "own"), **FP32))

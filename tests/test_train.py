@@ -21,10 +21,9 @@ import torch.nn.functional as F
 
 import checkpoint
 import train
-from config import Config, TrainingConfig, resolve
+from config import Config, TrainingConfig, resolve, to_yaml
 from errors import ConfigError, DataError, UserError
 from models import create_model
-from runtime import Interrupted
 from tests.conftest import TINY
 
 ROOT = Path(train.__file__).parent
@@ -263,29 +262,45 @@ def test_resuming_after_an_epoch_equals_never_having_stopped(tiny: Config, tmp_p
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
+# Runs in a process of its own: a test process that signals itself takes its neighbours down when anything goes wrong.
+SIGNALLED = """
+import itertools, os, sys
+import main, train
+step, count = train.Fit._step, itertools.count(1)
+def counted(fit):
+    step(fit)
+    if next(count) == int(sys.argv[2]):
+        os.kill(os.getpid(), int(sys.argv[1]))
+train.Fit._step = counted
+sys.exit(main.main(["train", "--quiet", "--config", sys.argv[3], "--output-dir", sys.argv[4]]))
+"""
+
+
 @pytest.mark.parametrize(("signal_number", "after"), [(signal.SIGTERM, 3), (signal.SIGINT, 7)])
 def test_a_signal_in_mid_epoch_saves_and_the_resumed_run_equals_the_undisturbed_one(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int, after: int
+    tiny: Config, tmp_path: Path, signal_number: int, after: int
 ) -> None:
-    whole = changed(tiny, runtime__output_dir=str(tmp_path / "whole"), training__ema_decay=0.9)
+    whole = changed(tiny, runtime__output_dir=str(tmp_path / "whole"), runtime__threads=1, training__ema_decay=0.9)
     train.train(whole)
-    broken = changed(whole, runtime__output_dir=str(tmp_path / "broken"))
-    step, count = train.Fit._step, itertools.count(1)
-
-    def counted(fit: train.Fit) -> None:
-        step(fit)
-        if next(count) == after:
-            os.kill(os.getpid(), signal_number)
-
-    monkeypatch.setattr(train.Fit, "_step", counted)
-    with pytest.raises(Interrupted, match="go on with: python main.py train --resume"):
-        train.train(broken)
-    monkeypatch.setattr(train.Fit, "_step", step)
-    assert (tmp_path / "broken" / checkpoint.INTERRUPTED).exists()
-    path, config = train.resume_config(tmp_path / "broken")
+    (tmp_path / "c.yaml").write_text(to_yaml(whole))
+    broken = tmp_path / "broken"
+    command = [
+        sys.executable,
+        "-c",
+        SIGNALLED,
+        str(int(signal_number)),
+        str(after),
+        str(tmp_path / "c.yaml"),
+        str(broken),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 128 + signal_number, done.stderr
+    assert "go on with: python main.py train --resume" in done.stderr
+    assert (broken / checkpoint.INTERRUPTED).exists()
+    path, config = train.resume_config(broken)
     train.train(config, resume=path)
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
-    assert not (tmp_path / "broken" / checkpoint.INTERRUPTED).exists()
+    assert_same_run(tmp_path / "whole", broken)
+    assert not (broken / checkpoint.INTERRUPTED).exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
