@@ -9,7 +9,7 @@ import contextlib
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,29 +40,41 @@ class InputScaling(nn.Module):
         return torch.addcmul(self.shift, images_BCHW, self.scale).contiguous(memory_format=torch.channels_last)
 
 
+class Engine(Protocol):
+    """Runs a whole classifier: uint8 films in, logits and pooled features out."""
+
+    name: str
+    """What computes and how precisely, as in 'openvino int8'."""
+
+    def logits(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Logits (B, classes) of uint8 films (B, H, W, C)."""
+
+    def outputs(self, images_BHWC: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Logits (B, classes) and pooled backbone features (B, F) of one pass."""
+
+
 class TorchEngine:
     """Eager torch inference."""
 
     def __init__(self, model: Classifier, spec: PreprocessSpec, *, device: torch.device, precision: str) -> None:
+        self.name = f"torch {precision}"
         self.model = model.to(device).to(memory_format=torch.channels_last).eval()
         self.device, self.precision = device, precision
         self.to_input = InputScaling(spec).to(device)
 
     def logits(self, images_BHWC: npt.NDArray[np.uint8] | Tensor) -> npt.NDArray[np.float32]:
         """Logits (B, classes) of uint8 films (B, H, W, C)."""
-        return self._run(self.model, images_BHWC)
-
-    def features(self, images_BHWC: npt.NDArray[np.uint8] | Tensor) -> npt.NDArray[np.float32]:
-        """Pooled backbone features (B, F) of uint8 films (B, H, W, C)."""
-        return self._run(self.model.features, images_BHWC)
+        return self.outputs(images_BHWC)[0]
 
     @torch.inference_mode()
-    def _run(
-        self, function: Callable[[Tensor], Tensor], images_BHWC: npt.NDArray[np.uint8] | Tensor
-    ) -> npt.NDArray[np.float32]:
-        images = torch.as_tensor(images_BHWC)
+    def outputs(
+        self, images_BHWC: npt.NDArray[np.uint8] | Tensor
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Logits (B, classes) and pooled backbone features (B, F) of one pass over uint8 films (B, H, W, C)."""
         with autocast(self.device, self.precision):
-            return function(self.to_input(images)).float().cpu().numpy()
+            features_BF = self.model.features(self.to_input(torch.as_tensor(images_BHWC)))
+            logits_BC = self.model.head(features_BF)
+        return logits_BC.float().cpu().numpy(), features_BF.float().cpu().numpy()
 
 
 class FloatEngine(Protocol):

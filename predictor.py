@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 import checkpoint
 from config import Config, config_from_dict
-from engines import TorchEngine
+from engines import Engine, TorchEngine
 from errors import CheckpointError, ConfigError, DataError, examples
 from models import model_from_config
 from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, spec_from_dict
@@ -59,7 +59,7 @@ class Predictor:
 
     def __init__(
         self,
-        engine: TorchEngine,
+        engine: Engine,
         *,
         spec: PreprocessSpec,
         classes: Sequence[str],
