@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -34,7 +34,7 @@ from estimates import (
     two_sided_quantile,
 )
 from metrics import CONFUSION_NAMES, evaluate_predictions
-from proportions import adjust_p_values, chi_square_test, fisher_test, proportion
+from proportions import adjust_p_values, chi_square_test, difference_of_proportions, fisher_test, proportion
 
 AGE_BANDS = (0.0, 18.0, 40.0, 65.0, 80.0, math.inf)
 """Years; each band holds its lower edge and not its upper one."""
@@ -194,6 +194,8 @@ class Rates:
     counts: IntArray | None = None
     """(k, 2) of yes and no, where the films are independent and the mean is a proportion."""
     left_out: tuple[str, ...] = ()
+    binary: bool = False
+    """Whether the means are proportions."""
 
     @property
     def covariance(self) -> FloatArray:
@@ -222,7 +224,8 @@ def _rates(films: Films, column: Column, values: FloatArray, counted: NDArray[np
     counts = yes if binary and not films.clustered else None
     names = [column.labels[i] for i in kept]
     where = (films.patient[index], group)
-    return _with_influence(films, names, mean, error, null, where, counts, left_out)
+    rates = _with_influence(films, names, mean, error, null, where, counts, left_out)
+    return replace(rates, binary=binary)
 
 
 def _with_influence(
@@ -270,7 +273,7 @@ def _auc_rates(films: Films, column: Column) -> Rates:
 
 
 def _gap(rates: Rates, *, measure: str, level: float, ratio: bool = True) -> dict[str, Any]:
-    """Highest minus lowest subgroup with a Wald interval, lowest over highest, and a test that all are equal."""
+    """Highest minus lowest subgroup with its interval, lowest over highest, and a test that all are equal."""
     if len(rates.names) < 2:
         reason = f"fewer than two subgroups have {MIN_DENOMINATOR} films to count"
         empty = dict.fromkeys(("difference", "ci_low", "ci_high", "statistic", "p_value"), math.nan)
@@ -280,16 +283,29 @@ def _gap(rates: Rates, *, measure: str, level: float, ratio: bool = True) -> dic
         high, low = 0, 1
     cov = rates.covariance
     difference = float(rates.value[high] - rates.value[low])
-    half = two_sided_quantile(level) * math.sqrt(max(cov[high, high] + cov[low, low] - 2 * cov[high, low], 0.0))
     gap: dict[str, Any] = {"measure": measure, "by_group": dict(zip(rates.names, map(float, rates.value)))}
     gap |= {"highest": rates.names[high], "lowest": rates.names[low], "difference": difference}
-    gap |= {"ci_low": difference - half, "ci_high": difference + half}
+    gap |= _gap_interval(rates, high, low, level=level)
     if ratio:
         gap |= _ratio(rates.value, cov, high, low, level)
     gap |= _equality_test(rates)
     if len(rates.names) > 2:
         gap["note"] = "the interval is that of the two subgroups named, chosen as the extremes after the fact"
     return gap | {"left_out": list(rates.left_out)}
+
+
+def _gap_interval(rates: Rates, high: int, low: int, *, level: float) -> dict[str, Any]:
+    """Wald's; Newcombe's, its films counted as patients, where a rate is 0 or 1 and so shows no spread of its own."""
+    if rates.binary and {float(rates.value[high]), float(rates.value[low])} & {0.0, 1.0}:
+        size = rates.influence.getnnz(axis=0)
+        gap = difference_of_proportions(
+            rates.value[high] * size[high], size[high], rates.value[low] * size[low], size[low], level=level
+        )
+        return {"ci_low": gap.ci_low, "ci_high": gap.ci_high, "interval": "newcombe"}
+    cov = rates.covariance
+    half = two_sided_quantile(level) * math.sqrt(max(cov[high, high] + cov[low, low] - 2 * cov[high, low], 0.0))
+    difference = float(rates.value[high] - rates.value[low])
+    return {"ci_low": difference - half, "ci_high": difference + half, "interval": "wald"}
 
 
 def _ratio(value: FloatArray, cov: FloatArray, high: int, low: int, level: float) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def compare_tables(
     `thresholds` of A and B (0.5 each without). `margin` asks besides whether one is not worse by more than that.
     """
     config = resolve(*overrides)
+    if thresholds is not None and not all(map(math.isfinite, thresholds)):
+        raise ConfigError(f"--thresholds {thresholds[0]:g} {thresholds[1]:g}: not numbers")
     sides = [
         read_predictions(path, positive=config.data.positive_class, raw_scores=thresholds is not None)
         for path in (first, second)
@@ -82,6 +84,8 @@ def compare_checkpoints(
             "measured here"
         )
     names = {"a": str(first), "b": str(second)}
+    for point in thresholds or ():
+        evaluate.check_threshold(point)
     points = thresholds or (stored.threshold, other.threshold)
     return _compare(a, b, points, names, config, output_dir, margin)
 

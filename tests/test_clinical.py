@@ -12,6 +12,7 @@ import pytest
 import statsmodels.api as sm
 from fairlearn import metrics as fairlearn
 from scipy import stats
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from auroc import delong, delong_test_independent
 from clinical import decision_curve, subgroup_fairness
@@ -141,6 +142,20 @@ def test_a_subgroup_that_is_always_right_is_still_tested() -> None:
     gap = gaps_of(labels, probabilities, site, groups=patient)["equal_opportunity"]
     assert gap["by_group"]["1"] == 1
     assert 0 < gap["p_value"] < 0.001
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_rate_of_one_still_gives_its_gap_a_width_newcombes_over_patients(repeats: int) -> None:
+    labels, site = np.ones(80, dtype=int), np.repeat([0, 1], 40)
+    labels[::2] = 0
+    probabilities = np.where(labels == 1, 0.9, 0.1)
+    probabilities[[1, 3]] = 0.2  # two of the twenty positives of site 0 are missed, none of site 1
+    again = [np.repeat(values, repeats) for values in (labels, probabilities, site)]
+    patients = np.repeat(np.arange(80), repeats)
+    gap = gaps_of(*again, threshold=0.5, groups=patients)["equal_opportunity"]
+    low, high = confint_proportions_2indep(20, 20, 18, 20, method="newcomb", compare="diff")
+    assert gap["interval"] == "newcombe"
+    assert (gap["ci_low"], gap["ci_high"]) == pytest.approx((low, high))
 
 
 def test_a_model_alike_in_all_subgroups_is_rarely_called_unfair() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def test_a_margin_outside_0_and_1_is_refused(tmp_path: Path) -> None:
 def test_thresholds_move_the_calls_of_each_model(tmp_path: Path) -> None:
     result = compared(tmp_path, made_up(), made_up(), thresholds=(0.5, 0.0))
     assert result["metrics"]["sensitivity"]["b"] == 1 > result["metrics"]["sensitivity"]["a"]
+
+
+def test_thresholds_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--thresholds nan 0.5: not numbers"):
+        compared(tmp_path, made_up(), made_up(), thresholds=(math.nan, 0.5))
 
 
 def test_compare_prints_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
