@@ -19,11 +19,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+import dicom
 from errors import CheckpointError, DataError, first_line
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
-MAX_PIXELS = 200_000_000
-"""A film of more pixels is refused before it is decoded; the largest mammograms have about 30 million."""
+IMAGE_SUFFIXES = dicom.SUFFIXES | {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+MAX_PIXELS = dicom.MAX_PIXELS
+"""A film of more pixels is refused before it is decoded."""
+
+FORMATS = ("JPEG", "JPEG2000", "PNG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM")
+"""What Pillow may take a file for. Left to itself it would also start Ghostscript on a file that says it is EPS."""
 
 Pixels = npt.NDArray[Any]
 
@@ -42,6 +46,10 @@ class PreprocessSpec:
     """Subtracted per network channel after scaling to [0, 1]; comes with the weights."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divides per network channel; comes with the weights."""
+    dicom_window: str = "first"
+    """Which window of a DICOM film: first, a number from 1 among those it stores, or percentile."""
+    dicom_body_part: str = "chest"
+    """DICOM films whose tags say another body part are refused; any takes all."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
@@ -60,26 +68,48 @@ def spec_from_dict(values: Mapping[str, Any]) -> PreprocessSpec:
     return PreprocessSpec(**plain)
 
 
-def decode(source: str | Path | bytes) -> Pixels:
+def is_film(path: Path) -> bool:
+    """Whether a file is taken for a film when a folder is searched: by its suffix, or as DICOM that has none."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return True
+    # Scanners write IM000001 or the instance's number with its dots; both may be anything else.
+    if suffix.strip(".0123456789") or path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as stream:
+            return dicom.is_dicom(stream.read(132))
+    except OSError:
+        return False
+
+
+def decode(source: str | Path | bytes, spec: PreprocessSpec | None = None, *, max_pixels: int | None = None) -> Pixels:
     """Pixels of an image file or of its bytes: (H, W) grey or (H, W, 3) RGB, uint8 or, for deeper grey films, uint16.
 
-    EXIF orientation is applied, palettes and CMYK become RGB, transparency is laid over black. DataError names the
-    file and what is wrong with it: missing, empty, not an image, truncated, damaged, too large.
+    EXIF orientation is applied, palettes and CMYK become RGB, transparency is laid over black; DICOM goes through the
+    window `spec` names and must show the body part `spec` names (None: the first window, any body part). DataError
+    names the file and what is wrong with it: missing, empty, not an image, truncated, damaged, too large (more than
+    `max_pixels`, or MAX_PIXELS).
     """
+    max_pixels = max_pixels or MAX_PIXELS
     name = "uploaded image" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else _read(Path(source))
     if not data:
         raise DataError(f"{name}: the file is empty (0 bytes); remove it or fetch it again")
+    if dicom.is_dicom(data[:132]):
+        spec = spec or PreprocessSpec(dicom_body_part="any")
+        window, body_part = spec.dicom_window, spec.dicom_body_part
+        return dicom.decode(data, name=name, window=window, body_part=body_part, max_pixels=max_pixels)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{name}: {image.width}x{image.height} pixels is more than {MAX_PIXELS:,}; shrink it")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise DataError(f"{name}: {image.width}x{image.height} pixels is more than {max_pixels:,}; shrink it")
             image.load()
             return _to_array(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image ({_looks_like(data)}); remove it or convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels; shrink it") from None
+        raise DataError(f"{name}: more than {max_pixels:,} pixels; shrink it") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
         raise DataError(
             f"{name}: damaged or truncated image ({first_line(error)}); fetch it again or remove it"
@@ -96,8 +126,6 @@ def _read(path: Path) -> bytes:
 
 
 def _looks_like(data: bytes) -> str:
-    if data[128:132] == b"DICM":
-        return "it is DICOM, which this version does not read"
     head = data[:64]
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return "it holds text"
@@ -149,9 +177,14 @@ def apply(spec: PreprocessSpec, pixels: Pixels) -> npt.NDArray[np.uint8]:
 
 
 def _to_eight_bits(pixels: Pixels) -> Pixels:
-    """Deep films are windowed from darkest to brightest pixel: 12 bits stored in 16 must not come out black."""
+    """Deep films are windowed from darkest to brightest pixel: 12 bits stored in 16 must not come out black.
+
+    DICOM films went through a window of their own, which stands.
+    """
     if pixels.dtype == np.uint8:
         return pixels
+    if isinstance(pixels, dicom.Shown):
+        return cv2.convertScaleAbs(np.asarray(pixels), alpha=1 / 257)
     low, high = int(pixels.min()), int(pixels.max())
     scale = 255.0 / (high - low) if high > low else 0.0
     return np.round((pixels.astype(np.float32) - low) * scale).astype(np.uint8)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dicom
 import preprocess
 import synthetic
 from errors import CheckpointError, DataError
@@ -98,7 +99,7 @@ def test_exif_orientation_is_applied(orientation: int, turned: int) -> None:
         (b"", "empty"),
         (b"path,label\na,b\n" * 20, "not an image .it holds text"),
         (bytes(range(256)) * 8, "not an image .unknown content"),
-        (b"\0" * 128 + b"DICM" + b"\0" * 50, "DICOM"),
+        (b"\0" * 128 + b"DICM" + b"\0" * 50, "a DICOM file without pixels"),
     ],
 )
 def test_what_is_no_image_is_said_to_be_none(data: bytes, message: str) -> None:
@@ -180,8 +181,41 @@ def test_a_grey_film_stored_as_rgb_has_no_colour_and_a_photograph_has() -> None:
     assert preprocess.has_colour(COLOUR)
 
 
+def test_a_film_on_the_display_scale_is_divided_and_not_stretched() -> None:
+    levels = np.arange(0, 65536, 31, dtype=np.uint16)[:2025].reshape(45, 45)
+    out = apply(PreprocessSpec(image_size=45), levels.view(dicom.Shown))[:, :, 0]
+    assert np.array_equal(out, np.rint(levels / 257)) and out.max() < 255
+    exact = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16).view(dicom.Shown)
+    assert np.array_equal(apply(PreprocessSpec(image_size=16), exact)[:, :, 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "taken"),
+    [
+        ("a.png", b"", True),
+        ("A.DCM", b"", True),
+        ("IM000001", bytes(128) + b"DICM", True),
+        ("1.2.840.113619.2", bytes(128) + b"DICM", True),
+        ("README", b"words " * 50, False),
+        ("DICOMDIR", bytes(128) + b"DICM", False),
+        ("notes.txt", bytes(128) + b"DICM", False),
+    ],
+)
+def test_films_are_told_by_suffix_and_dicom_without_one_by_its_bytes(
+    tmp_path: Path, name: str, data: bytes, taken: bool
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert preprocess.is_film(tmp_path / name) == taken
+    assert not preprocess.is_film(tmp_path)
+
+
+def test_a_spec_written_before_dicom_was_read_still_loads() -> None:
+    old = {key: value for key, value in PreprocessSpec(96).to_dict().items() if not key.startswith("dicom")}
+    assert preprocess.spec_from_dict(old) == PreprocessSpec(96)
+
+
 def test_spec_survives_the_checkpoint() -> None:
-    spec = PreprocessSpec(96, "pad", 3, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    spec = PreprocessSpec(96, "pad", 3, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "percentile", "hand")
     assert preprocess.spec_from_dict(spec.to_dict()) == spec
 
 
