@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import bundle
 import plots
 import report as pages
 from assessment import assess, flow, prior_of
@@ -74,7 +75,9 @@ def evaluate(
         "source": {
             "kind": "checkpoint",
             "file": checkpoint.name,
-            "sha256": _sha256(checkpoint),
+            # A bundle is known by its description, which holds the hashes of its other files.
+            "sha256": _sha256(checkpoint / bundle.FACTS if checkpoint.is_dir() else checkpoint),
+            "engine": stored.engine.name,
             "films_of_training": own,
             "trained_with": stored.provenance,
         },

@@ -24,7 +24,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from auroc import absent_class, auroc_ci, average_precision, patient_weights, roc_points, score_tally
@@ -546,6 +546,48 @@ def decision_curve(report: Mapping[str, Any], path: Target, *, name: str = "Mode
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _label(axis, "Threshold probability", "Net benefit", title)
     _legend(axis, loc="upper right")
+    _save(figure, path)
+
+
+# --- optimisation ---------------------------------------------------------------------------------------------
+
+
+def speed_against_accuracy(
+    points: Sequence[Mapping[str, Any]], path: Target, *, budget: float, title: str = ""
+) -> None:
+    """Throughput (films/s, log scale) and AUROC lost of each candidate, those on the Pareto front joined.
+
+    `points`: dicts with name, throughput, auc_drop, ci_low, ci_high (of the drop; NaN draws none), accepted, chosen.
+    """
+    figure, (axis,) = _figure(7.2, 4.4)
+    shown = [point for point in points if np.isfinite(point["auc_drop"])]
+    axis.axhline(budget, color=VERMILION, linestyle="--", linewidth=1.0, label=f"Budget ({budget:g})")
+    front, best = [], np.inf
+    for point in sorted(shown, key=lambda item: -item["throughput"]):
+        if point["auc_drop"] < best:
+            front.append(point)
+            best = point["auc_drop"]
+    axis.step(
+        [item["throughput"] for item in front],
+        [item["auc_drop"] for item in front],
+        where="post",
+        color=GREY,
+        linewidth=0.9,
+        label="Pareto front",
+    )
+    for number, point in enumerate(shown, start=1):
+        colour = GREEN if point["chosen"] else BLUE if point["accepted"] else VERMILION
+        x, y = point["throughput"], point["auc_drop"]
+        axis.vlines(x, point["ci_low"], point["ci_high"], color=colour, linewidth=0.8, alpha=0.6)
+        mark = {"marker": "*", "s": 120} if point["chosen"] else {"marker": "o" if point["accepted"] else "X", "s": 34}
+        axis.scatter([x], [y], color=colour, zorder=3, label=f"{number}  {point['name']}", **mark)
+        axis.annotate(str(number), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=7.5)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    _label(axis, "Films per second, batches of 16", "AUROC lost against the float model", title)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to probabilities: the one way a film is predicted, on the command line, in a notebook or served.
+"""From a checkpoint or a bundle to probabilities: the one way a film is predicted, wherever that is.
 
     predictor = load("checkpoints/best_model.pth")
     for result in predictor.predict_files(paths): print(result.path, result.prediction, result.probabilities)
@@ -9,7 +9,7 @@ A film travels decode → apply(spec) → engine → logits → temperature → 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -19,15 +19,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import bundle
 import checkpoint
-from config import Config, config_from_dict
-from engines import Engine, TorchEngine
+from config import Config, config_from_dict, located
+from engines import ONNX_ENGINES, Engine, TorchEngine, onnx_engine, why_absent
 from errors import CheckpointError, ConfigError, DataError, examples
 from models import model_from_config
-from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, spec_from_dict
-from runtime import memory_advice, resolve_device, resolve_precision
+from narrowing import narrow
+from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, is_film, spec_from_dict
+from runtime import log, memory_advice, resolve_device, resolve_precision
 
 FloatArray = npt.NDArray[np.floating[Any]]
+
+WIDEN_FROM = 64
+"""From this many films on it pays to find out whether one call may hold several."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,15 @@ class Predictor:
         config: Config,
         provenance: dict[str, Any],
         seen_films: npt.NDArray[np.int64],
+        input_gate: dict[str, Any] | None = None,
     ) -> None:
         self.engine, self.spec, self.classes = engine, spec, tuple(classes)
         self.temperature, self.operating_point = temperature, operating_point
         self.config, self.provenance = config, provenance
-        self.seen_films = seen_films
+        self.seen_films, self.input_gate = seen_films, input_gate
+        # Films per engine call where an answer must not depend on its neighbours: a kernel is chosen by shape, so calls
+        # of one shape agree to the last bit. A GPU is left idle by one film, hence 16 there, filled up with black.
+        self.call_sizes: tuple[int, ...] = (16,) if engine_device(engine) == "cuda" else (1,)
 
     @property
     def positive_class(self) -> str | None:
@@ -89,15 +98,44 @@ class Predictor:
         with memory_advice(len(images_BHWC)):
             return softmax(self.engine.logits(images_BHWC), self.temperature)
 
+    def exact_outputs(
+        self, images_BHWC: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
+        """Probabilities (B, classes) and features (B, F), each film's the same bits whatever else is in the batch."""
+        calls = list(call_shapes(images_BHWC, self.call_sizes))
+        stream = getattr(self.engine, "stream", None)
+        with memory_advice(max(self.call_sizes)):
+            parts = list(stream(calls) if stream else map(self.engine.outputs, calls))
+        logits_BC, features_BF = (np.concatenate(rows)[: len(images_BHWC)] for rows in zip(*parts))
+        return softmax(logits_BC, self.temperature), features_BF
+
+    def widen_calls(self, *, most: int = 8) -> None:
+        """Let one call hold up to `most` films if no bit of eight noise films' answers changes by it."""
+        if self.call_sizes != (1,) or getattr(self.engine, "stream", None):
+            return
+        side, channels = self.spec.image_size, self.spec.channels
+        films = np.random.default_rng(0).integers(0, 256, (most, side, side, channels), dtype=np.uint8)
+        alone = self.exact_outputs(films)
+        sizes = tuple(size for size in (32, 16, 8, 4, 2, 1) if size <= most)
+        for size in sizes[:-1]:
+            together = list(map(self.engine.outputs, np.split(films, range(size, most, size))))
+            logits_BC, features_BF = (np.concatenate(rows) for rows in zip(*together))
+            same = np.array_equal(softmax(logits_BC, self.temperature), alone[0])
+            if not (same and np.array_equal(features_BF, alone[1])):
+                return
+        self.call_sizes = sizes
+
     def decide(self, probabilities_BC: FloatArray) -> npt.NDArray[np.int64]:
         """Class index per row: the operating point in a binary task, else the most probable class."""
         return decide(probabilities_BC, self.classes, self.positive_class, self.threshold)
 
     def predict_files(self, paths: Sequence[str], *, batch_size: int = 16) -> Iterator[Prediction | Unreadable]:
         """One result a path, in order, streamed: films are decoded ahead in threads while the model computes."""
+        if len(paths) >= WIDEN_FROM:
+            self.widen_calls()
         for chunk, images in self._decoded_batches(paths, batch_size):
             readable = [item for item in images if not isinstance(item, Unreadable)]
-            rows: Iterator[FloatArray] = iter(self.probabilities(np.stack(readable)) if readable else [])
+            rows: Iterator[FloatArray] = iter(self.exact_outputs(np.stack(readable))[0] if readable else [])
             for path, image in zip(chunk, images):
                 yield image if isinstance(image, Unreadable) else self._prediction(path, next(rows))
 
@@ -118,7 +156,7 @@ class Predictor:
 
     def _decode(self, path: str) -> npt.NDArray[np.uint8] | Unreadable:
         try:
-            return apply(self.spec, decode(path))
+            return apply(self.spec, decode(path, self.spec))
         except DataError as error:
             return Unreadable(path, str(error))
 
@@ -126,6 +164,23 @@ class Predictor:
         index = int(self.decide(probabilities_C[None])[0])
         by_class = {name: float(value) for name, value in zip(self.classes, probabilities_C)}
         return Prediction(path, self.classes[index], by_class)
+
+
+def engine_device(engine: Engine) -> str:
+    """'cpu', 'cuda' or 'mps': where the engine computes."""
+    return getattr(getattr(engine, "device", None), "type", "cpu")
+
+
+def call_shapes(images_BHWC: npt.NDArray[np.uint8], sizes: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+    """`images_BHWC` cut into batches of these sizes only (descending); the last is filled up with black films."""
+    start = 0
+    while start < len(images_BHWC):
+        left = len(images_BHWC) - start
+        size = next((size for size in sizes if size <= left), sizes[-1])
+        chunk = images_BHWC[start : start + size]
+        black = np.zeros((size - len(chunk), *chunk.shape[1:]), dtype=np.uint8)
+        yield np.concatenate([chunk, black]) if len(black) else chunk
+        start += size
 
 
 def softmax(logits_BC: FloatArray, temperature: float) -> npt.NDArray[np.float64]:
@@ -148,20 +203,20 @@ def decide(
 def load(
     path: str | Path, *, device: str = "auto", precision: str = "auto", model_type: str | None = None
 ) -> Predictor:
-    """The predictor a checkpoint holds; `model_type`, when given, is only checked against it.
+    """The predictor a checkpoint file or a bundle folder holds; `model_type`, when given, is only checked against it.
 
-    CheckpointError for a checkpoint that is missing, damaged, newer, unsafe, or of another model.
+    CheckpointError for one that is missing, damaged, newer, unsafe, or of another model.
     """
+    if bundle.is_bundle(path):
+        return _load_bundle(bundle.read(path), device=device, precision=precision, model_type=model_type)
     content = checkpoint.load(path)
-    config = config_from_dict(content["config"], source=str(path))
-    if model_type is not None and model_type != config.model.model_type:
-        raise ConfigError(
-            f"--model {model_type}: {path} holds a {config.model.model_type}; drop the flag or correct it"
-        )
+    config = _stored_config(content, path, model_type)
     spec = spec_from_dict(content["preprocess"])
     model = model_from_config(
         config.model, num_classes=len(content["classes"]), image_size=spec.image_size, random=True
     )
+    if "pruned" in content:
+        narrow(model, content["model_state_dict"])
     load_state(model, content["model_state_dict"], source=str(path))
     torch_device = resolve_device(device)
     chosen = resolve_precision(precision, torch_device)
@@ -174,7 +229,75 @@ def load(
         config=config,
         provenance=content["provenance"],
         seen_films=content["seen_films"].numpy(),
+        input_gate=content.get("input_gate"),
     )
+
+
+def _stored_config(facts: Mapping[str, Any], path: str | Path, model_type: str | None) -> Config:
+    config = located(config_from_dict(facts["config"], source=str(path)), facts["provenance"].get("started_in"))
+    if model_type is not None and model_type != config.model.model_type:
+        raise ConfigError(
+            f"--model {model_type}: {path} holds a {config.model.model_type}; drop the flag or correct it"
+        )
+    return config
+
+
+def _load_bundle(stored: bundle.Bundle, *, device: str, precision: str, model_type: str | None) -> Predictor:
+    """The predictor of a bundle, in the engine and precision that were measured and chosen."""
+    facts, name = stored.facts, stored.facts["precision"]
+    config = _stored_config(facts, stored.folder, model_type)
+    if precision not in ("auto", name):
+        raise ConfigError(f"--precision {precision}: {stored.folder} was chosen in {name}; drop the flag")
+    spec = spec_from_dict(facts["preprocess"])
+    if stored.model_file is None:
+        engine = _checkpoint_engine(stored, device=device, precision=name)
+    else:
+        resolve_device(device)
+        kind = _engine_here(facts["engine"], name)
+        if name not in ONNX_ENGINES[kind].precisions:
+            name = "int8" if "int8" in name else "fp32"
+        engine = onnx_engine(kind, stored.model_file, spec, precision=name)
+        where = engine_device(engine)
+        if device != "auto" and not device.startswith(where):
+            raise ConfigError(f"--device {device}: {stored.folder} was chosen for {engine.name} on {where}; drop it")
+    return Predictor(
+        engine,
+        spec=spec,
+        classes=facts["classes"],
+        temperature=float(facts["temperature"]),
+        operating_point=facts["operating_point"],
+        config=config,
+        provenance=facts["provenance"],
+        seen_films=stored.seen_films,
+        input_gate=stored.input_gate,
+    )
+
+
+def _checkpoint_engine(stored: bundle.Bundle, *, device: str, precision: str) -> Engine:
+    """torch on the checkpoint that the bundle was made from, its hash checked."""
+    path = stored.checkpoint
+    if not path.is_file() or bundle.sha256(path) != stored.facts["checkpoint"]["sha256"]:
+        raise CheckpointError(f"{stored.folder}: runs the checkpoint {path}, which is gone or changed; {bundle.AGAIN}")
+    plain = load(path, device=device, precision=precision.split()[0]).engine
+    assert isinstance(plain, TorchEngine)
+    if "compiled" not in precision:
+        return plain
+    spec = spec_from_dict(stored.facts["preprocess"])
+    return TorchEngine(plain.model, spec, device=plain.device, precision=plain.precision, compiled=True)
+
+
+def _engine_here(chosen: str, precision: str) -> str:
+    """The engine that was chosen, or the first other one here that runs its file; ConfigError when there is none."""
+    if chosen not in ONNX_ENGINES:
+        raise CheckpointError(f"bundle: engine {chosen!r} is not one of {', '.join(ONNX_ENGINES)}; {bundle.AGAIN}")
+    reason = why_absent(chosen)
+    if reason is None:
+        return chosen
+    for kind in ("openvino", "onnxruntime"):
+        if kind != chosen and why_absent(kind) is None:
+            log.warning("the chosen engine, %s %s, cannot run: %s; using %s", chosen, precision, reason, kind)
+            return kind
+    raise ConfigError(f"engine {chosen}: {reason}")
 
 
 def load_state(model: Any, state: dict[str, Any], *, source: str) -> None:
@@ -195,7 +318,7 @@ def find_films(sources: Sequence[str]) -> list[str]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            films = sorted(str(item) for item in path.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
+            films = sorted(str(item) for item in path.rglob("*") if is_film(item))
             if not films:
                 raise DataError(f"{path}: no films in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
             found += films
