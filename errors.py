@@ -30,6 +30,14 @@ class ServingError(UserError):
     """A request or a server setting that cannot be honoured."""
 
 
+class RequestError(ServingError):
+    """One request that is refused: its HTTP status, and the seconds after which to try again."""
+
+    def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+
 def nearest(name: str, known: Iterable[str], *, count: int = 1) -> str:
     """'; did you mean X?' for the known names closest to `name`, or '' where none is close."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
