@@ -55,7 +55,8 @@ class DataConfig:
     test_fraction: float = 0.15
     """Share of patients held out as test when the data name no test split; in [0, 0.5]."""
     exclude: str | None = None
-    """CSV with a `path` column: these films are left out of every split."""
+    """CSV with a `path` column: these films are left out of every split; with a `mark` column too (a review.csv), those
+    marked exclude."""
     skip_unreadable: bool = False
     """Leave films that cannot be decoded out, and list them, instead of stopping."""
     batch_size: int = 32
@@ -66,6 +67,10 @@ class DataConfig:
     """How a film becomes square: squash (all anatomy, aspect lost), pad (black bars), crop (centre, sides lost)."""
     colour: str = "auto"
     """grey, rgb, or auto: grey when a sample of the training films has no colour. Grey is three times less to move."""
+    dicom_window: str = "first"
+    """Which window of a DICOM film: first, a number from 1 among those it stores, or percentile (from its pixels)."""
+    dicom_body_part: str = "chest"
+    """DICOM films whose tags name another body part are refused: chest, another word like hand, or any."""
     augmentation_prob: float = 0.5
     """Scales the probability of every augmentation; 0 switches augmentation off; in [0, 1]."""
     rotation_degrees: float = 15.0
@@ -74,6 +79,9 @@ class DataConfig:
     """Brightness and contrast are changed by up to ± this share; in [0, 1]."""
     min_crop_scale: float = 1.0
     """Smallest share of the film's area a random crop keeps; 1 never crops; in [0.1, 1]."""
+    augment_on: str = "auto"
+    """cpu (film by film, beside the network), device (whole batches where the network computes), or auto: the device
+    when it is a CUDA GPU. Both draw from the same ranges; the single draws differ."""
     balance: str = "loss"
     """Class balancing: none, sampler (draws), loss (weights) or sampler_and_loss (both, which counts rarity twice)."""
     pixel_cache: bool = True
@@ -91,6 +99,13 @@ class DataConfig:
         _check_range("data", "brightness_contrast", self.brightness_contrast, 0, 1)
         _check_range("data", "min_crop_scale", self.min_crop_scale, 0.1, 1)
         _check_choice("data", "resize", self.resize, ("squash", "pad", "crop"))
+        if not (self.dicom_window.isdecimal() and int(self.dicom_window) >= 1):
+            _check_choice("data", "dicom_window", self.dicom_window, ("first", "percentile", "1"))
+        if not self.dicom_body_part.strip():
+            raise ConfigError("data.dicom_body_part: is empty; name a body part, or any to take all")
+        _check_choice("data", "augment_on", self.augment_on, ("auto", "cpu", "device"))
+        if repeated := sorted(name for name in set(self.classes or ()) if (self.classes or []).count(name) > 1):
+            raise ConfigError(f"data.classes: {repeated[0]!r} stands there more than once; name each class once")
         _check_choice("data", "colour", self.colour, ("auto", "grey", "rgb"))
         _check_choice("data", "balance", self.balance, ("none", "sampler", "loss", "sampler_and_loss"))
 
@@ -110,11 +125,11 @@ class ModelConfig:
     dropout_rate: float = 0.3
     """Dropout before each of the head's two linear layers; in [0, 1)."""
     hidden_features: int = 512
-    """Width of the head's hidden layer."""
+    """Width of the head's hidden layer; 0 is a linear head."""
 
     def __post_init__(self) -> None:
         _check_range("model", "dropout_rate", self.dropout_rate, 0, 1, open_high=True)
-        _check_range("model", "hidden_features", self.hidden_features, 1)
+        _check_range("model", "hidden_features", self.hidden_features, 0)
 
 
 @dataclass
@@ -161,10 +176,21 @@ class TrainingConfig:
     """Run frozen layers once per film and view instead of in every step; MixUp and CutMix switch it off."""
     cached_views: int = 4
     """Augmented views of each training film that the feature cache holds; epochs go round them; in [1, 64]."""
+    head_search: bool = False
+    """Train many heads at once on the cached features and keep the best on validation; needs a frozen backbone."""
+    head_start: str = "random"
+    """First weights of the head: random, or logistic (the regression on cached features; needs a linear head)."""
+    compile: str = "off"
+    """off, on, or auto: torch.compile only where a short probe finds it faster over the whole run."""
+    progressive_resizing: int = 0
+    """Side in pixels of the first epochs' films, growing to data.image_size by three quarters of the epochs; 0 is
+    off. Validation is always at full size."""
     operating_point: str = "youden"
     """How validation chooses the threshold: youden, sensitivity, specificity or fixed (0.5)."""
     operating_point_target: float = 0.95
     """The sensitivity or specificity to reach when `operating_point` names one; in (0, 1)."""
+    input_gate: bool = True
+    """Fit what tells, at each prediction, whether a film is like those trained on; a few per cent of the run's time."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoint_epoch_<N>.pth stay."""
     seed: int = 42
@@ -181,6 +207,9 @@ class TrainingConfig:
         for name in ("warmup_fraction", "label_smoothing", "ema_decay"):
             _check_range("training", name, getattr(self, name), 0, 1, open_high=True)
         _check_range("training", "cached_views", self.cached_views, 1, 64)
+        _check_range("training", "progressive_resizing", self.progressive_resizing, 0, 2048)
+        _check_choice("training", "head_start", self.head_start, ("random", "logistic"))
+        _check_choice("training", "compile", self.compile, ("off", "on", "auto"))
         _check_range("training", "focal_gamma", self.focal_gamma, 0, 10)
         _check_range("training", "operating_point_target", self.operating_point_target, 0.01, 0.999)
         _check_choice("training", "monitor", self.monitor, MONITORS)
@@ -260,6 +289,9 @@ class EvaluationConfig:
         )
 
 
+ENGINES = ("torch", "compile", "onnxruntime", "openvino", "cuda", "tensorrt")
+
+
 @dataclass
 class OptimizationConfig:
     """What `optimize` makes of a checkpoint."""
@@ -270,9 +302,86 @@ class OptimizationConfig:
     """Make structurally pruned candidates."""
     pruning_amount: float = 0.3
     """Share of channels removed; in [0, 0.9]."""
+    pruning_epochs: int = 3
+    """Epochs of fine-tuning a pruned model, the unpruned one its teacher; 0 only puts batch norm right."""
+    max_auc_drop: float = 0.005
+    """A candidate whose AUROC on validation is lower than the float model's by more than this is refused; in [0, 1]."""
+    max_sensitivity_drop: float = 0.01
+    """The same for sensitivity at the stored operating point; in [0, 1]."""
+    objective: str = "throughput"
+    """What is chosen by: throughput (films/s in batches of 16) or latency (one film). The other decides near ties."""
+    engines: list[str] | None = None
+    """torch, compile, onnxruntime, openvino, cuda, tensorrt; None tries all but compile, which takes minutes."""
+    validation_films: int = 1000
+    """Most validation films that candidates are judged on, drawn by class."""
+    calibration_films: int = 128
+    """Most validation films that INT8 ranges are learned from, drawn by class."""
+    rounds: int = 8
+    """Times that the candidates are timed in turn; medians are reported."""
 
     def __post_init__(self) -> None:
+        for name in ("max_auc_drop", "max_sensitivity_drop"):
+            _check_range("optimization", name, getattr(self, name), 0, 1)
+        for name in ("validation_films", "calibration_films", "rounds"):
+            _check_range("optimization", name, getattr(self, name), 1)
+        _check_choice("optimization", "objective", self.objective, ("throughput", "latency"))
+        for engine in self.engines or ():
+            _check_choice("optimization", "engines", engine, ENGINES)
         _check_range("optimization", "pruning_amount", self.pruning_amount, 0, 0.9)
+        _check_range("optimization", "pruning_epochs", self.pruning_epochs, 0)
+
+
+@dataclass
+class ServingConfig:
+    """The inference server: where it listens, what it takes on, what it refuses."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every interface."""
+    port: int = 8000
+    """TCP port; 0 takes a free one."""
+    max_queue: int = 64
+    """Films taken on at one time, from arrival to answer; the next one is refused with 503."""
+    max_batch: int = 8
+    """Most films the engine computes together."""
+    latency_budget_ms: float = 100.0
+    """A batch is made no larger than can be computed in this time, and never waited for longer."""
+    deadline_s: float = 30.0
+    """A request not answered within this many seconds gets a 503."""
+    body_timeout_s: float = 60.0
+    """A body not received within this many seconds is given up."""
+    decode_threads: int = 0
+    """Threads that decode films; 0 takes one for every two cores."""
+    max_file_mb: float = 64.0
+    """Largest file, in MiB."""
+    max_body_mb: float = 256.0
+    """Largest request body, in MiB; bodies being held together stay below four of these."""
+    max_files: int = 32
+    """Most files of one request to /predict/batch."""
+    max_pixels: int = 100_000_000
+    """Films of more pixels are refused before they are decoded."""
+    api_keys_file: str | None = None
+    """One name:key a line; beside it, $MEDIMG_API_KEYS holds name:key,name:key. With neither, anyone may ask."""
+    rate_limit: float = 0.0
+    """Requests a second for each key, on average; 0 does not limit."""
+    rate_burst: int = 20
+    """Requests a key may make at once before `rate_limit` holds."""
+    cors_origins: list[str] | None = None
+    """Origins whose pages may read the answers, such as https://viewer.example; None allows no other origin."""
+    abstain: bool = False
+    """Refuse films the input gate does not accept with 422 instead of answering with a remark."""
+    audit_log: str | None = None
+    """JSON lines, appended: time, key name, keyed content hash, result, model version."""
+    record_scores: str | None = None
+    """JSON file with a histogram of scores for each day, to see drift by."""
+
+    def __post_init__(self) -> None:
+        _check_range("serving", "port", self.port, 0, 65535)
+        for name in ("max_queue", "max_batch", "max_files", "max_pixels", "rate_burst"):
+            _check_range("serving", name, getattr(self, name), 1)
+        for name in ("latency_budget_ms", "rate_limit", "decode_threads"):
+            _check_range("serving", name, getattr(self, name), 0)
+        for name in ("deadline_s", "body_timeout_s", "max_file_mb", "max_body_mb"):
+            _check_range("serving", name, getattr(self, name), 0.001)
 
 
 @dataclass
@@ -305,6 +414,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
@@ -313,6 +423,31 @@ class Config:
                 "training.unfreeze_schedule: there is nothing to unfreeze while model.freeze_backbone is false; "
                 "set model.freeze_backbone=true or drop the schedule"
             )
+        if self.training.progressive_resizing > self.data.image_size:
+            raise ConfigError(
+                f"training.progressive_resizing: starts at {self.training.progressive_resizing} px, above "
+                f"data.image_size={self.data.image_size}; start lower, or at 0 to switch it off"
+            )
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """A search and a logistic start work on the features of a backbone that stays frozen."""
+        wanted = "training.head_search" if self.training.head_search else "training.head_start=logistic"
+        if not self.training.head_search and self.training.head_start == "random":
+            return
+        if not self.model.freeze_backbone:
+            raise ConfigError(f"{wanted}: needs a frozen backbone; add --freeze-backbone or drop it")
+        if self.training.head_search:
+            in_the_way = {
+                "training.unfreeze_schedule": bool(self.training.unfreeze_schedule),
+                "training.ema_decay": self.training.ema_decay > 0,
+                "training.accumulation_steps": self.training.accumulation_steps > 1,
+            }
+            for name, given in in_the_way.items():
+                if given:
+                    raise ConfigError(f"{name}: cannot be had together with {wanted}; drop one of the two")
+        elif self.model.hidden_features:
+            raise ConfigError(f"{wanted}: starts a linear head; set model.hidden_features=0 as well")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain nested dict, section → field → value."""
@@ -338,6 +473,8 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
             return int(value)
     except (ValueError, OverflowError):
         pass
+    if name == "training.compile" and isinstance(value, bool):
+        return "on" if value else "off"  # YAML reads the words on and off as booleans
     if origin is list and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     if origin is list and isinstance(value, (list, tuple)):
@@ -443,6 +580,18 @@ def load_config_from_yaml(path: str | Path) -> Config:
 def config_from_dict(nested: Mapping[str, Any], *, source: str) -> Config:
     """The configuration a checkpoint or run folder stored."""
     return resolve(flatten(nested, source=source))
+
+
+def located(config: Config, started_in: str | None) -> Config:
+    """`config` with data paths that are not here taken from the folder its run was started in, where they are there."""
+    if started_in is None:
+        return config
+    found: dict[str, Any] = {}
+    for name in ("data_dir", "manifest", "exclude"):
+        here = getattr(config.data, name)
+        if here is not None and not Path(here).exists() and (Path(started_in) / here).exists():
+            found[name] = str(Path(started_in) / here)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
 
 
 def to_yaml(config: Config) -> str:

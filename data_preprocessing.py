@@ -28,10 +28,12 @@ import pandas as pd
 import torch
 
 import array_cache
+import dicom
 from config import DataConfig
 from csv_table import read_text_table
+from device_augmentation import DeviceAugmenter
 from errors import ConfigError, DataError, examples, nearest
-from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, has_colour
+from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, has_colour, is_film
 from runtime import log, progress, write_text
 
 Item = TypeVar("Item")
@@ -41,7 +43,7 @@ IntArray = npt.NDArray[np.int64]
 SPLITS = ("train", "val", "test")
 MIN_VAL_PER_CLASS = 20
 """With fewer validation films of a class its sensitivity moves by 5 points a film: too few to choose a threshold."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raised whenever `preprocess` changes what it returns, so that no stale pixels are read."""
 
 # The chest X-ray pneumonia set numbers patients anew for bacteria and virus: number and subtype are the key.
@@ -120,7 +122,8 @@ def load_manifest(config: DataConfig, *, classes: Sequence[str] | None = None) -
     table = rows.assign(label=rows["label"].map({name: code for code, name in enumerate(names)}).astype(np.int64))
     table["patient_id"] = _patient_ids(table, config.patient_id_regex)
     if config.exclude:
-        table = _without_excluded(table, Path(config.exclude), root)
+        # A checkpoint's list speaks of the films it was trained on; other data need not hold them.
+        table = _without_excluded(table, Path(config.exclude), root, must_hold=classes is None)
     return Manifest(table.reset_index(drop=True), tuple(names), root)
 
 
@@ -138,7 +141,7 @@ def _read_folders(folder: Path) -> pd.DataFrame:
             if class_folder.name.startswith((".", "__")):
                 continue
             files = sorted(item for item in class_folder.rglob("*") if item.is_file() and item.name[0] != ".")
-            films = [item for item in files if item.suffix.lower() in IMAGE_SUFFIXES]
+            films = [item for item in files if is_film(item)]
             passed_over += len(files) - len(films)
             if not films:
                 raise DataError(
@@ -203,25 +206,49 @@ def _class_names(labels: pd.Series, wanted: Sequence[str] | None, *, where: str)
 
 
 def _patient_ids(table: pd.DataFrame, pattern: str | None) -> list[str]:
-    """The CSV's patient_id where it has one, else read from the file name; an unplaced film is its own patient."""
+    """The CSV's patient_id where it has one, else read from the file name, else from DICOM tags as a keyed hash.
+
+    A film that none of them places is its own patient.
+    """
     given = table["patient_id"] if "patient_id" in table.columns else pd.Series("", index=table.index)
     regex = _compile(pattern) if pattern else PUBLISHED_NAMES
-    patients, unplaced = [], 0
-    for path, known in zip(table["path"], given):
-        found = None if known else regex.search(Path(path).name)
-        if found:
-            known = found.group(1) if found.groups() else found.group(0)
-        if not known:
-            unplaced += 1
-            known = Path(path).stem
-        patients.append(known)
-    if unplaced:
+    known = [patient or _named_patient(regex, path) for path, patient in zip(table["path"], given)]
+    tagged = _tagged_patients([path for path, patient in zip(table["path"], known) if not patient])
+    known = [patient or tagged.get(path, "") for path, patient in zip(table["path"], known)]
+    if unplaced := known.count(""):
         log.info(
             "%d of %d films name no patient: each counts as its own (set data.patient_id_regex to change it)",
             unplaced,
             len(table),
         )
-    return patients
+    return [patient or Path(path).stem for path, patient in zip(table["path"], known)]
+
+
+def _named_patient(regex: re.Pattern[str], path: str) -> str:
+    found = regex.search(Path(path).name)
+    return (found.group(1) if found.groups() else found.group(0)) if found else ""
+
+
+def _tagged_patients(paths: Sequence[str]) -> dict[str, str]:
+    """Path → pseudonym, of the DICOM files among `paths`; those that cannot be read are reported when decoded."""
+    films = [path for path in paths if Path(path).suffix.lower() not in IMAGE_SUFFIXES - dicom.SUFFIXES]
+    if not films:
+        return {}
+    key = dicom.pseudonym_key()
+
+    def patient(path: str) -> str:
+        try:
+            return dicom.read_tags(path, key=key).patient_id
+        except DataError:
+            return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(films, progress(pool.map(patient, films), total=len(films), label="reading tags")))
+
+
+def patients_of(paths: Sequence[str], pattern: str | None) -> list[str]:
+    """The patient that each file name names; a film that names none is its own."""
+    return _patient_ids(pd.DataFrame({"path": list(paths)}), pattern)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -231,12 +258,35 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ConfigError(f"data.patient_id_regex: {pattern!r} is not a regular expression ({error})") from None
 
 
-def _without_excluded(table: pd.DataFrame, path: Path, root: Path) -> pd.DataFrame:
+def excluded_films(path: Path) -> list[str]:
+    """The films that a list or a review.csv leaves out, as written there: every row, or those marked `exclude`.
+
+    DataError for a table without a column `path`, and for a mark that is neither exclude, keep nor empty.
+    """
     listed = read_text_table(path, what="list of films to exclude")
     if "path" not in listed.columns:
         raise DataError(f"{path}: no column 'path'; list one film a row under that header")
-    unwanted = {str((root / name).resolve()) for name in listed["path"]}
-    kept = table[~table["path"].isin(unwanted)]
+    if "mark" not in listed.columns:
+        return list(listed["path"])
+    marks = listed["mark"].str.strip().str.lower()
+    unknown = listed.index[~marks.isin(["", "exclude", "keep"])]
+    if len(unknown):
+        found = listed["mark"][unknown[0]]
+        raise DataError(f"{path}:{unknown[0] + 2}: mark {found!r} is not known; write exclude, keep or nothing")
+    return list(listed["path"][marks == "exclude"])
+
+
+def _without_excluded(table: pd.DataFrame, path: Path, root: Path, *, must_hold: bool) -> pd.DataFrame:
+    """`table` without the films that `path` lists; DataError naming those it does not hold, where it must."""
+    unwanted = {str((root / name).resolve()): name for name in excluded_films(path)}
+    held = set(table["path"])
+    absent = [name for film, name in unwanted.items() if film not in held]
+    if absent and must_hold:
+        raise DataError(
+            f"{path}: {len(absent)} films to exclude are not among the data: {examples(absent)}; write their paths "
+            f"relative to {root}"
+        )
+    kept = table[~table["path"].isin(list(unwanted))]
     log.info("%s: %d films excluded", path, len(table) - len(kept))
     return kept
 
@@ -376,7 +426,7 @@ class DecodedPixels:
         self.paths, self.spec = list(paths), spec
 
     def __getitem__(self, row: int) -> Uint8Array:
-        return apply(self.spec, decode(self.paths[row]))
+        return apply(self.spec, decode(self.paths[row], self.spec))
 
 
 def resolve_channels(config: DataConfig, paths: Sequence[str], *, seed: int) -> int:
@@ -425,6 +475,7 @@ def cached_pixels(paths: Sequence[str], spec: PreprocessSpec, folder: Path) -> t
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(_file_digest, paths))
     geometry = f"{CACHE_VERSION}|{spec.image_size}|{spec.resize}|{spec.channels}"
+    geometry += f"|{spec.dicom_window}|{spec.dicom_body_part}"
     path = folder / "pixels" / f"{array_cache.key_of([geometry, *digests])}.npy"
     facts = array_cache.open_or_build(
         path,
@@ -471,7 +522,7 @@ def _file_digest(path: str) -> str:
 
 def _decode_or_reason(path: str, spec: PreprocessSpec) -> Uint8Array | str:
     try:
-        return np.ascontiguousarray(apply(spec, decode(path)))
+        return np.ascontiguousarray(apply(spec, decode(path, spec)))
     except DataError as error:
         return str(error)
 
@@ -563,10 +614,14 @@ class Request(NamedTuple):
 
 
 class FilmBatches(torch.utils.data.Dataset[Batch]):
-    """A split as a map from `Request` to `Batch`; holds no state that an epoch could change."""
+    """A split as a map from `Request` to `Batch`; holds no state that an epoch could change.
 
-    def __init__(self, rows: pd.DataFrame, pixels: PixelStore, augmenter: Augmenter | None) -> None:
-        self.pixels, self.augmenter = pixels, augmenter
+    An `Augmenter` works here, film by film; a `DeviceAugmenter` only in `finished`, where the batch has arrived.
+    """
+
+    def __init__(self, rows: pd.DataFrame, pixels: PixelStore, augmenter: Augmenter | DeviceAugmenter | None) -> None:
+        self.pixels = pixels
+        self.augmenter = augmenter if augmenter is not None and augmenter.active else None
         self.store_rows = rows["row"].to_numpy(np.int64)
         self.labels = rows["label"].to_numpy(np.int64)
 
@@ -584,7 +639,14 @@ class FilmBatches(torch.utils.data.Dataset[Batch]):
     def _film(self, position: int, epoch: int) -> Uint8Array:
         row = int(self.store_rows[position])
         image = self.pixels[row]
-        return image if self.augmenter is None else self.augmenter(image, epoch=epoch, index=row)
+        return self.augmenter(image, epoch=epoch, index=row) if isinstance(self.augmenter, Augmenter) else image
+
+    def finished(self, batch: Batch, *, epoch: int, device: torch.device) -> torch.Tensor:
+        """The films of `batch` on `device`, uint8 (B, H, W, C), with what augmentation is left to do there."""
+        films = batch.inputs.to(device, non_blocking=True)
+        if not isinstance(self.augmenter, DeviceAugmenter):
+            return films
+        return self.augmenter(films, epoch=epoch, rows=self.store_rows[batch.positions_B.numpy()])
 
 
 class _Requests(torch.utils.data.Sampler[Request]):
@@ -639,6 +701,38 @@ class Loader:
         except DataError as error:
             line = str(error).strip().splitlines()[-1]
             raise DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
+
+
+RESIDENT_SHARE = 0.4
+"""Of the device's free memory that resident films may take; the rest is for the network."""
+
+
+class ResidentFilms:
+    """A split's films, all kept in the device's memory; gives batches as `Loader` does."""
+
+    def __init__(self, dataset: FilmBatches, device: torch.device) -> None:
+        assert not isinstance(dataset.augmenter, Augmenter)
+        self.dataset = dataset
+        first = dataset.pixels[int(dataset.store_rows[0])]
+        self.films = torch.empty((len(dataset), *first.shape), dtype=torch.uint8, device=device)
+        for start in range(0, len(dataset), 256):
+            positions = np.arange(start, min(start + 256, len(dataset)))
+            self.films[start : start + 256] = dataset[Request(0, positions)].inputs.to(device)
+
+    def __call__(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """The batches of `requests`, in order."""
+        for request in requests:
+            positions_B = torch.from_numpy(request.positions)
+            there = positions_B.to(self.films.device, non_blocking=True)
+            yield Batch(self.films[there], torch.from_numpy(self.dataset.labels[request.positions]), positions_B)
+
+
+def can_be_resident(dataset: FilmBatches, device: torch.device) -> bool:
+    """Whether the films fit beside the network in a GPU's memory, and nothing is to be done to them on the way."""
+    if device.type != "cuda" or isinstance(dataset.augmenter, Augmenter):
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return len(dataset) * dataset.pixels[int(dataset.store_rows[0])].nbytes < RESIDENT_SHARE * free
 
 
 def _one_thread_each(worker: int) -> None:

@@ -1,6 +1,9 @@
 """What this machine has: versions, device, instruction sets, weight cache, data folder.
 
-python main.py doctor
+    python main.py doctor
+    python main.py doctor --benchmark --model resnet50
+
+With --benchmark also how fast it decodes, augments and trains, and what bounds a run here (about a minute).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 import torch
 
-from config import DataConfig
+from config import Config, DataConfig
 from runtime import cpu_flags, library_versions, resolve_device, resolve_precision
 
 LIBRARIES = (
@@ -31,13 +34,13 @@ LIBRARIES = (
 )
 
 
-def examine() -> dict[str, Any]:
-    """The facts, ready for JSON."""
+def examine(config: Config, *, benchmark: bool = False) -> dict[str, Any]:
+    """The facts, ready for JSON; with `benchmark` also the speeds, for the network and the device of `config`."""
     from huggingface_hub import constants
 
-    device = resolve_device("auto")
+    device = resolve_device(config.runtime.device)
     cache = Path(constants.HF_HUB_CACHE)
-    return {
+    facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": library_versions(LIBRARIES),
@@ -51,6 +54,11 @@ def examine() -> dict[str, Any]:
         "cached_weights": sorted(item.name for item in cache.glob("models--*")) if cache.is_dir() else [],
         "default_data_dir_exists": Path(DataConfig().data_dir).is_dir(),
     }
+    if benchmark:
+        import machine_speed  # brings timm and albumentations, which the facts alone do not wait for
+
+        facts["speed"] = machine_speed.measure(config)
+    return facts
 
 
 def summary(facts: dict[str, Any]) -> str:
@@ -66,5 +74,6 @@ def summary(facts: dict[str, Any]) -> str:
             f"cpu        {' '.join(facts['instruction_sets']) or 'instruction sets unknown'}",
             f"weights    {facts['weight_cache']}: {weights}",
             f"data       {DataConfig().data_dir} {data}",
+            *facts.get("speed", {}).get("lines", []),
         ]
     )

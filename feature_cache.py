@@ -11,6 +11,7 @@ possible, or the file would not fit, `CannotCache` says why and training goes it
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -31,7 +32,7 @@ from data_preprocessing import Batch, FilmBatches, Request
 from engines import FloatEngine, InputScaling, OpenVinoFloatEngine, TorchFloatEngine, openvino_version
 from models import Classifier
 from preprocess import PreprocessSpec
-from runtime import Interrupted, StopRequest, log, progress
+from runtime import Interrupted, StopRequest, log, progress, write_text
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -45,7 +46,8 @@ ROUNDING = 1e-3
 CLEARLY_FASTER = 1.2
 """An engine must beat the first candidate by this much to be chosen, so that noise does not decide."""
 PROBE_FILMS = 16
-EXTRACTION_BATCH = 16
+EXTRACTION_BATCH = {"cpu": 16, "cuda": 128}
+"""Films at a time, by device."""
 
 
 class CannotCache(Exception):
@@ -230,6 +232,19 @@ def _weights_digest(frozen: nn.Module, boundary: nn.Module | None, position: int
 # --- the engine ------------------------------------------------------------------------------------------------
 
 
+def engine_candidates(
+    cut: Cut, film_shape: tuple[int, ...], *, device: torch.device, precision: str
+) -> dict[str, Callable[[], FloatEngine]]:
+    """What could run the prefix here, by name; torch at the run's own precision comes first."""
+    candidates: dict[str, Callable[[], FloatEngine]] = {
+        f"torch {precision}": lambda: TorchFloatEngine(cut.prefix, device=device, precision=precision)
+    }
+    if device.type == "cpu" and openvino_version() is not None:
+        for kind in dict.fromkeys((precision, "fp32")):
+            candidates[f"openvino {kind}"] = partial(OpenVinoFloatEngine, cut.prefix, film_shape, precision=kind)
+    return candidates
+
+
 def choose_engine(
     cut: Cut, films_BHWC: npt.NDArray[np.uint8], *, device: torch.device, precision: str, wanted: str | None
 ) -> FloatEngine:
@@ -237,13 +252,7 @@ def choose_engine(
 
     `wanted` names an engine to take without a contest (that of the run being resumed).
     """
-    film_shape = films_BHWC.shape[1:]
-    candidates: dict[str, Callable[[], FloatEngine]] = {
-        f"torch {precision}": lambda: TorchFloatEngine(cut.prefix, device=device, precision=precision)
-    }
-    if device.type == "cpu" and openvino_version() is not None:
-        for kind in dict.fromkeys((precision, "fp32")):
-            candidates[f"openvino {kind}"] = partial(OpenVinoFloatEngine, cut.prefix, film_shape, precision=kind)
+    candidates = engine_candidates(cut, films_BHWC.shape[1:], device=device, precision=precision)
     if wanted in candidates or len(candidates) == 1:
         return candidates[wanted if wanted in candidates else f"torch {precision}"]()
     exact = TorchFloatEngine(cut.prefix, device=torch.device("cpu"), precision="fp32")(films_BHWC)
@@ -321,7 +330,7 @@ def open_features(
     CannotCache when the network cannot be cut, or neither disk nor policy allows the file.
     """
     cut = cut_model(model, spec)
-    views = views if train_set.augmenter is not None and train_set.augmenter.active else 1
+    views = views if train_set.augmenter is not None else 1
     dtype = np.float32 if precision == "fp32" else np.float16
     shape = (views * len(train_set) + len(val_set), *cut.row_shape)
     key = [cut.digest, _films_digest(train_set, views), _films_digest(val_set, 1), np.dtype(dtype).name, precision]
@@ -329,10 +338,14 @@ def open_features(
     started = time.perf_counter()
 
     def build(write: array_cache.Writer) -> dict[str, Any]:
-        sample = next(_films(val_set, 1, PROBE_FILMS))
-        chosen = choose_engine(cut, sample, device=device, precision=precision, wanted=engine)
+        sample = next(_films(val_set, 1, PROBE_FILMS, device))
+        known = _choice_file(cut, precision)
+        wanted = engine or (known.read_text(encoding="utf-8") if known.exists() else None)
+        chosen = choose_engine(cut, sample, device=device, precision=precision, wanted=wanted)
+        with contextlib.suppress(OSError):
+            write_text(known, chosen.name)
         log.info("frozen layers run once on %s: %d films in %d views", chosen.name, len(train_set), views)
-        _extract(chosen, train_set, val_set, views, dtype, write, stop)
+        _extract(chosen, train_set, val_set, views, dtype, write, device, stop)
         return {"engine": chosen.name}
 
     try:
@@ -348,6 +361,12 @@ def open_features(
     return cache, cut.position
 
 
+def _choice_file(cut: Cut, precision: str) -> Path:
+    """Where this machine notes the engine it chose: a contest of equals must not end otherwise the second time."""
+    key = array_cache.key_of([cut.digest, precision, torch.__version__, str(openvino_version())])
+    return array_cache.default_folder(None) / "engines" / f"{key}.txt"
+
+
 def _extract(
     engine: FloatEngine,
     train_set: FilmBatches,
@@ -355,11 +374,13 @@ def _extract(
     views: int,
     dtype: Any,
     write: array_cache.Writer,
+    device: torch.device,
     stop: StopRequest | None,
 ) -> None:
-    films = itertools.chain(_films(train_set, views, EXTRACTION_BATCH), _films(val_set, 1, EXTRACTION_BATCH))
+    batch = EXTRACTION_BATCH.get(device.type, 16)
+    films = itertools.chain(_films(train_set, views, batch, device), _films(val_set, 1, batch, device))
     total = views * len(train_set) + len(val_set)
-    for features in engine.stream(progress(films, total=total, label="frozen layers", step=EXTRACTION_BATCH)):
+    for features in engine.stream(progress(films, total=total, label="frozen layers", step=batch)):
         write(_storable(features, dtype))
         if stop is not None and stop.signal is not None:
             raise Interrupted(stop.signal, "stopped while the frozen layers ran; the same command starts them again")
@@ -373,18 +394,19 @@ def _storable(features: FloatArray, dtype: Any) -> FloatArray:
     return stored
 
 
-def _films(dataset: FilmBatches, views: int, batch: int) -> Iterator[npt.NDArray[np.uint8]]:
+def _films(dataset: FilmBatches, views: int, batch: int, device: torch.device) -> Iterator[npt.NDArray[np.uint8]]:
     """uint8 films (B, H, W, C), view after view, in the split's order."""
     for view in range(1, views + 1):
         for start in range(0, len(dataset), batch):
             positions = np.arange(start, min(start + batch, len(dataset)))
-            yield dataset[Request(view, positions)].inputs.numpy()
+            films = dataset.finished(dataset[Request(view, positions)], epoch=view, device=device)
+            yield films.cpu().numpy()
 
 
 def _films_digest(dataset: FilmBatches, views: int) -> str:
     """Hash of a split's pixels and of how they are augmented."""
     digest = hashlib.blake2b(digest_size=16)
-    if dataset.augmenter is not None and dataset.augmenter.active:
+    if dataset.augmenter is not None:
         digest.update(repr((views, dataset.augmenter.settings, dataset.store_rows.tolist())).encode())
     for row in dataset.store_rows:
         digest.update(np.ascontiguousarray(dataset.pixels[int(row)]).data)

@@ -1,13 +1,15 @@
 """The one command line: python main.py VERB --help.
 
 Builds the parser without loading torch; a verb's handler imports the one module it needs. Exit codes: 0 success,
-2 the user's mistake (one line on stderr), 1 a fault of the program, 130 and 143 stopped by a signal after saving.
+2 the user's mistake (one line on stderr), 1 a fault of the program, 3 done, but audit found data that would invalidate
+results or optimize found nothing inside its budget, 130 and 143 stopped by a signal after saving.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import Overrides, parse_assignment, read_yaml, resolve, to_yaml
+from config import Config, Overrides, parse_assignment, read_yaml, resolve, to_yaml
 from errors import ConfigError, UserError, nearest
 
 Arguments = argparse.Namespace
@@ -38,6 +40,7 @@ FLAGS = {
     "--weights": Flag("model.weights", "local weights file in timm layout (.safetensors, .pth); needs no network"),
     "--pretrained": Flag("model.pretrained", "start from the weights timm publishes", bool),
     "--freeze-backbone": Flag("model.freeze_backbone", "train the head only", bool),
+    "--head-search": Flag("training.head_search", "train many heads at once on frozen features, keep the best", bool),
     "--epochs": Flag("training.num_epochs", "most epochs to train", int),
     "--batch-size": Flag("data.batch_size", "films per batch", int),
     "--image-size": Flag("data.image_size", "side of the square the model sees, in pixels", int),
@@ -60,6 +63,18 @@ FLAGS = {
     "--interval": Flag("evaluation.proportion_interval", "wilson, clopper_pearson, jeffreys, agresti_coull, wilson_cc"),
     "--level": Flag("evaluation.level", "coverage of the intervals, such as 0.95", float),
     "--skip-unreadable": Flag("data.skip_unreadable", "leave unreadable films out and list them", bool),
+    "--exclude": Flag("data.exclude", "CSV of films to leave out: all it lists, or those a review.csv marks exclude"),
+}
+FLAGS |= {
+    "--host": Flag("serving.host", "address to listen on (127.0.0.1: this machine only)"),
+    "--port": Flag("serving.port", "TCP port; 0 takes a free one (8000)", int),
+    "--max-queue": Flag("serving.max_queue", "films taken on at one time; the next one gets a 503 (64)", int),
+    "--latency-budget-ms": Flag("serving.latency_budget_ms", "longest time a batch may take (100)", float),
+    "--abstain": Flag("serving.abstain", "refuse films unlike those the model was trained on", bool),
+    "--api-keys-file": Flag("serving.api_keys_file", "one name:key a line; beside it, $MEDIMG_API_KEYS"),
+    "--rate-limit": Flag("serving.rate_limit", "requests a second for each key; 0 does not limit (0)", float),
+    "--audit-log": Flag("serving.audit_log", "append a JSON line for each answer: time, key, content hash, result"),
+    "--record-scores": Flag("serving.record_scores", "JSON file with a histogram of scores for each day"),
 }
 DATA_FLAGS = ("--data-dir", "--manifest", "--skip-unreadable", "--batch-size")
 DEVICE_FLAGS = ("--device", "--precision")
@@ -73,7 +88,19 @@ EVALUATION_FLAGS = (
     "--interval",
     "--level",
 )
-TRAIN_FLAGS = tuple(name for name in FLAGS if name not in EVALUATION_FLAGS)
+FLAGS |= {
+    "--quantize": Flag("optimization.quantize", "make INT8 candidates (on)", bool),
+    "--prune": Flag("optimization.prune", "make pruned candidates, fine-tuned with the model as teacher (off)", bool),
+    "--prune-amount": Flag("optimization.pruning_amount", "share of channels removed (0.3)", float),
+    "--prune-epochs": Flag("optimization.pruning_epochs", "epochs of fine-tuning a pruned model (3)", int),
+    "--max-auc-drop": Flag("optimization.max_auc_drop", "AUROC a candidate may lose on validation (0.005)", float),
+    "--max-sensitivity-drop": Flag("optimization.max_sensitivity_drop", "the same for sensitivity (0.01)", float),
+    "--objective": Flag("optimization.objective", "throughput (batches of 16) or latency (one film); (throughput)"),
+    "--engines": Flag("optimization.engines", "of torch,compile,onnxruntime,openvino,cuda,tensorrt (all but compile)"),
+}
+OPTIMIZATION_FLAGS = tuple(name for name, flag in FLAGS.items() if flag.field.startswith("optimization."))
+SERVING_FLAGS = tuple(name for name, flag in FLAGS.items() if flag.field.startswith("serving."))
+TRAIN_FLAGS = tuple(name for name in FLAGS if name not in (*EVALUATION_FLAGS, *OPTIMIZATION_FLAGS, *SERVING_FLAGS))
 
 
 @dataclass(frozen=True)
@@ -248,6 +275,21 @@ def _run_plan(arguments: Arguments, study: dict[str, Any]) -> int:
     return finish(arguments, result, study_plan.summary(result))
 
 
+def run_audit(arguments: Arguments) -> int:
+    """Say what is wrong with a data set; exit code 3 when it would invalidate results."""
+    import audit
+
+    folder = Path(arguments.output_dir)
+    report = audit.audit(
+        Path(arguments.source) if arguments.source else None,
+        *layers(arguments),
+        output_dir=folder,
+        write_manifest=Path(arguments.write_manifest) if arguments.write_manifest else None,
+    )
+    finish(arguments, report, f"{audit.summary(report)}\nwritten to {folder}: audit.html, audit.json, findings.csv")
+    return audit.exit_code(report)
+
+
 def run_predict(arguments: Arguments) -> int:
     """Predict films into a CSV."""
     import predict
@@ -263,6 +305,89 @@ def run_predict(arguments: Arguments) -> int:
         model_type=arguments.model,
     )
     return finish(arguments, result, predict.summary(result))
+
+
+def run_explain(arguments: Arguments) -> int:
+    """Show where a model looks, or which films to look at again."""
+    if arguments.worst is not None:
+        return _run_review(arguments)
+    if not arguments.films:
+        raise ConfigError("explain: name films or folders, or ask for the worst ones of a split with --worst 24")
+    import explain
+
+    config = resolve(*layers(arguments))
+    folder = Path(arguments.output_dir)
+    result = explain.explain(
+        arguments.films,
+        checkpoint=Path(arguments.checkpoint) if arguments.checkpoint else None,
+        bundle=Path(arguments.bundle) if arguments.bundle else None,
+        output_dir=folder,
+        settings=explain.Settings(**_explain_settings(arguments, config)),
+        device=config.runtime.device,
+        model_type=arguments.model,
+    )
+    return finish(arguments, result, f"{explain.summary(result)}\nwritten to {folder}: explanation_report.html")
+
+
+def _explain_settings(arguments: Arguments, config: Config) -> dict[str, Any]:
+    methods = arguments.method.split(",")
+    return {
+        "methods": tuple(dict.fromkeys(name.strip().replace("-", "_") for name in methods)),
+        "target": arguments.target,
+        "layer": arguments.layer,
+        "opacity": arguments.opacity,
+        "sanity_films": arguments.sanity_films,
+        "batch_size": config.data.batch_size,
+        "seed": config.training.seed,
+        "level": config.evaluation.level,
+        "n_boot": config.evaluation.bootstrap_resamples,
+    }
+
+
+def _run_review(arguments: Arguments) -> int:
+    if arguments.films:
+        raise ConfigError("--worst looks through a split (--split, --data-dir, --manifest); drop the films named")
+    import explain
+    import review
+
+    overrides = layers(arguments)
+    folder = Path(arguments.output_dir)
+    result = review.review(
+        checkpoint=Path(arguments.checkpoint) if arguments.checkpoint else None,
+        bundle=Path(arguments.bundle) if arguments.bundle else None,
+        overrides=overrides,
+        count=arguments.worst,
+        output_dir=folder,
+        settings=explain.Settings(**_explain_settings(arguments, resolve(*overrides))),
+        model_type=arguments.model,
+    )
+    return finish(arguments, result, review.summary(result))
+
+
+def run_optimize(arguments: Arguments) -> int:
+    """Find the fastest way of running a checkpoint here that keeps its accuracy; 3 when there is none."""
+    import optimization
+
+    folder = Path(arguments.output_dir)
+    report = optimization.optimize(
+        Path(arguments.checkpoint),
+        layers(arguments),
+        output_dir=folder,
+        model_type=arguments.model,
+        triton_repository=Path(arguments.triton_repository) if arguments.triton_repository else None,
+    )
+    finish(arguments, report, f"{optimization.summary(report)}\nwritten to {folder}: bundle.json and its report")
+    return 0 if report["chosen"] else optimization.NOTHING_PASSED
+
+
+def run_api(arguments: Arguments) -> int:
+    """Serve predictions over HTTP."""
+    # Idle threads of the engine must sleep, not spin: decoders and the event loop need the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import inference_api
+
+    config = resolve(*layers(arguments))
+    return inference_api.serve(Path(arguments.checkpoint or arguments.bundle), config, model_type=arguments.model)
 
 
 def run_demo(arguments: Arguments) -> int:
@@ -283,8 +408,14 @@ def run_doctor(arguments: Arguments) -> int:
     """Report on the machine."""
     import doctor
 
-    facts = doctor.examine()
+    facts = doctor.examine(resolve(*layers(arguments)), benchmark=arguments.benchmark)
     return finish(arguments, facts, doctor.summary(facts))
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--benchmark", action="store_true", default=False, help="time decoding, augmentation and training (a minute)"
+    )
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -295,13 +426,16 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pth of a run folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", metavar="FILE", dest="checkpoint", help="best_model.pth of a run folder")
+    what.add_argument("--bundle", metavar="DIR", dest="checkpoint", help="a folder that optimize wrote")
     parser.add_argument("--model", default=None, help="only checked against the checkpoint")
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
+    what.add_argument("--bundle", metavar="DIR", dest="checkpoint", default=None, help="a folder that optimize wrote")
     what.add_argument(
         "--predictions",
         metavar="FILE.csv",
@@ -379,10 +513,72 @@ def _reader_study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog}\n\n{PLAN_HELP}"
 
 
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", nargs="?", default=None, metavar="DIR|CSV", help="folder or manifest (default: the data of --config)"
+    )
+    parser.add_argument(
+        "--write-manifest",
+        metavar="FILE.csv",
+        default=None,
+        help="also write path,label,split,patient_id,age,sex,view; of DICOM from the tags, patients as keyed hashes",
+    )
+    parser.add_argument("--output-dir", metavar="DIR", default="audit_results", help="(audit_results)")
+
+
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("films", nargs="+", metavar="FILE|DIR", help="image files, or folders searched through")
     _checkpoint_arguments(parser)
     parser.add_argument("--output-dir", metavar="DIR", default="predictions", help="(predictions)")
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "films", nargs="*", metavar="FILE|DIR", default=[], help="image files, or folders searched through"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
+    parser.add_argument(
+        "--bundle", metavar="DIR", default=None, help="explain the checkpoint that this bundle was made from"
+    )
+    parser.add_argument("--model", default=None, help="only checked against the checkpoint")
+    parser.add_argument(
+        "--method",
+        metavar="NAME,...",
+        default="gradcam",
+        help="gradcam, gradcam++, hirescam, layercam, integrated_gradients, occlusion, shap; several by commas",
+    )
+    parser.add_argument(
+        "--target", metavar="CLASS", default=None, help="the class explained (each film's predicted one)"
+    )
+    parser.add_argument("--layer", metavar="NAME", default=None, help="module that is mapped (the last feature stage)")
+    parser.add_argument("--opacity", type=float, default=0.5, help="of the hottest place, 0 to 1 (0.5)")
+    parser.add_argument(
+        "--sanity-films", type=int, metavar="N", default=16, help="films the checks are made on; 0: no checks (16)"
+    )
+    parser.add_argument(
+        "--worst",
+        type=int,
+        metavar="N",
+        default=None,
+        help="instead of FILE|DIR: the N films of --split to look at again, as a contact sheet and a review.csv",
+    )
+    parser.add_argument("--output-dir", metavar="DIR", default="explanations", help="(explanations)")
+
+
+def _optimize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pth of a run folder")
+    parser.add_argument("--model", default=None, help="only checked against the checkpoint")
+    parser.add_argument(
+        "--triton-repository", metavar="DIR", default=None, help="also write the model for a Triton server"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", default="optimized_models", help="(optimized_models)")
+
+
+def _api_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
+    what.add_argument("--bundle", metavar="DIR", default=None, help="a folder that optimize wrote")
+    parser.add_argument("--model", default=None, help="only checked against the checkpoint")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -397,11 +593,18 @@ VERBS = {
         ("--epochs", "--seed", *DEVICE_FLAGS),
         _demo_arguments,
     ),
+    "audit": Verb(
+        run_audit,
+        "what is wrong with a data set: damage, copies, leaks, conflicts, shortcuts (exit code 3 if it is grave)",
+        "python main.py audit data/chest_xray",
+        ("--data-dir", "--manifest", "--positive-class", "--workers"),
+        _audit_arguments,
+    ),
     "train": Verb(
         run_train,
         "fine-tune a network on a folder or table of films",
         "python main.py train --model resnet50 --epochs 50",
-        TRAIN_FLAGS,
+        (*TRAIN_FLAGS, "--positive-class"),
         _train_arguments,
     ),
     "evaluate": Verb(
@@ -432,17 +635,39 @@ VERBS = {
         ("--batch-size", *DEVICE_FLAGS),
         _predict_arguments,
     ),
+    "explain": Verb(
+        run_explain,
+        "where a model looks on films, with checks of the maps; or the films to look at again",
+        "python main.py explain films/ --checkpoint checkpoints/best_model.pth --method gradcam",
+        (*DATA_FLAGS, "--split", "--level", "--seed", "--device"),
+        _explain_arguments,
+    ),
+    "optimize": Verb(
+        run_optimize,
+        "the smallest, fastest model that keeps its accuracy here: ONNX, INT8, pruning, every engine measured",
+        "python main.py optimize --checkpoint checkpoints/best_model.pth --quantize --prune --prune-amount 0.3",
+        ("--data-dir", "--manifest", "--seed", *OPTIMIZATION_FLAGS, *DEVICE_FLAGS),
+        _optimize_arguments,
+    ),
+    "api": Verb(
+        run_api,
+        "serve predictions over HTTP, with a page at /",
+        "python main.py api --checkpoint checkpoints/best_model.pth --port 8000",
+        (*SERVING_FLAGS, "--threshold", *DEVICE_FLAGS),
+        _api_arguments,
+    ),
     "config": Verb(
         run_config,
         "print the resolved configuration as YAML",
         "python main.py config --set training.num_epochs=5",
-        (*TRAIN_FLAGS, *EVALUATION_FLAGS),
+        (*TRAIN_FLAGS, *EVALUATION_FLAGS, *OPTIMIZATION_FLAGS, *SERVING_FLAGS),
     ),
     "doctor": Verb(
         run_doctor,
-        "versions, device, instruction sets and weight cache of this machine",
-        "python main.py doctor",
-        (),
+        "versions, device, instruction sets and weight cache of this machine; --benchmark: how fast it is",
+        "python main.py doctor --benchmark",
+        ("--model", "--image-size", *DEVICE_FLAGS),
+        _doctor_arguments,
     ),
 }
 

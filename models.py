@@ -35,20 +35,29 @@ class ParameterCount(NamedTuple):
     trainable: int
 
 
+def make_head(width: int, *, num_classes: int, dropout_rate: float, hidden_features: int) -> nn.Sequential:
+    """features → hidden → classes with dropout before each linear layer; features → classes when hidden is 0."""
+    if not hidden_features:
+        return nn.Sequential(nn.Dropout(dropout_rate), nn.Linear(width, num_classes))
+    return nn.Sequential(
+        nn.Dropout(dropout_rate),
+        nn.Linear(width, hidden_features),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout_rate),
+        nn.Linear(hidden_features, num_classes),
+    )
+
+
 class Classifier(nn.Module):
-    """A timm backbone and a head features → hidden → classes with dropout before each linear layer."""
+    """A timm backbone and the head of `make_head`."""
 
     def __init__(self, backbone: nn.Module, *, num_classes: int, dropout_rate: float, hidden_features: int) -> None:
         super().__init__()
         self.backbone = backbone
         facts: Any = backbone
         width = int(getattr(facts, "head_hidden_size", None) or facts.num_features)
-        self.head = nn.Sequential(
-            nn.Dropout(dropout_rate),
-            nn.Linear(width, hidden_features),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout_rate),
-            nn.Linear(hidden_features, num_classes),
+        self.head = make_head(
+            width, num_classes=num_classes, dropout_rate=dropout_rate, hidden_features=hidden_features
         )
 
     def features(self, images_BCHW: Tensor) -> Tensor:
@@ -164,9 +173,14 @@ def check_model_name(name: str) -> None:
         )
 
 
-def _create_backbone(name: str, image_size: int | None) -> nn.Module:
+def has_fixed_grid(name: str) -> bool:
+    """Whether the network takes films of one size only."""
     facts: Any = timm.get_pretrained_cfg(name)
-    grid: dict[str, Any] = {"img_size": image_size} if image_size and facts.fixed_input_size else {}
+    return bool(facts.fixed_input_size)
+
+
+def _create_backbone(name: str, image_size: int | None) -> nn.Module:
+    grid: dict[str, Any] = {"img_size": image_size} if image_size and has_fixed_grid(name) else {}
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **grid)
     except (AssertionError, ValueError, RuntimeError) as error:

@@ -39,6 +39,7 @@ RUN_PATTERNS = (
     "config.yaml",
     "split.csv",
     "history.csv",
+    "head_search.csv",
     "training_curves.png",
     "environment.json",
 )

@@ -14,8 +14,8 @@ import copy
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import audit
 import checkpoint
+import gate
+import head_search
 import plots
 from array_cache import default_folder
-from auroc import auroc, multiclass_auroc
 from calibration import fit_temperature
-from config import Config, Overrides, TrainingConfig, config_from_dict, differing_fields, flatten, resolve, to_yaml
+from compilation import compiled_network
+from config import Config, Overrides, config_from_dict, differing_fields, flatten, located, resolve, to_yaml
 from data_preprocessing import (
     Augmenter,
     Batch,
@@ -39,8 +42,11 @@ from data_preprocessing import (
     Loader,
     Manifest,
     Request,
+    ResidentFilms,
+    can_be_resident,
     class_weights,
     describe,
+    excluded_films,
     film_hashes,
     load_manifest,
     open_pixels,
@@ -51,12 +57,31 @@ from data_preprocessing import (
     training_requests,
     write_split,
 )
+from depthwise import speed_up_depthwise
+from device_augmentation import DeviceAugmenter
 from engines import InputScaling, TorchEngine
 from errors import ConfigError, DataError, UserError, examples
 from feature_cache import CannotCache, FeatureCache, Tail, open_features
 from metrics import choose_threshold
-from models import Classifier, count_parameters, model_from_config, normalisation, parameter_groups
-from predictor import decide, load_state, softmax
+from models import (
+    Classifier,
+    count_parameters,
+    has_fixed_grid,
+    make_head,
+    model_from_config,
+    normalisation,
+    parameter_groups,
+)
+from objective import (
+    classification_loss,
+    improves,
+    mix_batch,
+    progressive_side,
+    shrunk,
+    validation_figures,
+    warmup_cosine,
+)
+from predictor import load_state, softmax
 from preprocess import PreprocessSpec
 from runtime import (
     Interrupted,
@@ -83,67 +108,19 @@ RESUMABLE_CHANGES = (
     "runtime.",
     "evaluation.",
     "optimization.",
+    "serving.",
     "training.num_epochs",
     "training.early_stopping_patience",
     "training.keep_checkpoints",
+    "training.input_gate",
     "data.data_dir",
     "data.manifest",
     "data.cache_dir",
     "data.pixel_cache",
 )
 """Fields that may differ between a run and its continuation; any other would make it a different run."""
-
-
-# --- the pieces of a step --------------------------------------------------------------------------------------
-
-
-def warmup_cosine(*, step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor on the peak rate before optimizer step `step` (from 0): linear up, then a half cosine to 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def classification_loss(
-    logits_BC: Tensor, targets_BC: Tensor, *, config: TrainingConfig, weights_C: Tensor | None
-) -> Tensor:
-    """Mean cross-entropy or focal loss (Lin 2017) of soft targets (rows sum to 1), classes weighted by `weights_C`."""
-    smoothing = config.label_smoothing
-    if config.loss == "cross_entropy":
-        return F.cross_entropy(logits_BC, targets_BC, weight=weights_C, label_smoothing=smoothing)
-    targets_BC = targets_BC * (1 - smoothing) + smoothing / targets_BC.shape[1]
-    log_prob_BC = F.log_softmax(logits_BC, dim=1)
-    terms_BC = -targets_BC * (1 - log_prob_BC.exp()) ** config.focal_gamma * log_prob_BC
-    return (terms_BC if weights_C is None else terms_BC * weights_C).sum(dim=1).mean()
-
-
-def mix_batch(
-    images_BCHW: Tensor, targets_BC: Tensor, *, mixup_alpha: float, cutmix_alpha: float, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """MixUp (Zhang 2018) or CutMix (Yun 2019) of a batch with a permutation of itself; both from `rng` alone."""
-    if mixup_alpha == 0 and cutmix_alpha == 0:
-        return images_BCHW, targets_BC
-    use_cutmix = cutmix_alpha > 0 and (mixup_alpha == 0 or rng.random() < 0.5)
-    alpha = cutmix_alpha if use_cutmix else mixup_alpha
-    share = float(rng.beta(alpha, alpha))
-    partner = torch.from_numpy(rng.permutation(len(images_BCHW))).to(images_BCHW.device)
-    if use_cutmix:
-        height, width = images_BCHW.shape[2:]
-        top, bottom = _cut(height, share, rng)
-        left, right = _cut(width, share, rng)
-        images_BCHW = images_BCHW.clone()
-        images_BCHW[:, :, top:bottom, left:right] = images_BCHW[partner, :, top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / (height * width)
-    else:
-        images_BCHW = torch.lerp(images_BCHW[partner], images_BCHW, share)
-    return images_BCHW, torch.lerp(targets_BC[partner], targets_BC, share)
-
-
-def _cut(length: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
-    half = length * math.sqrt(1 - share) / 2
-    centre = rng.uniform(0, length)
-    return max(0, round(centre - half)), min(length, round(centre + half))
+CHECK_EVERY = 50
+"""On a GPU the losses stay there and are looked at every so many steps: looking makes the CPU wait for the GPU."""
 
 
 class WeightAverage:
@@ -202,6 +179,8 @@ class Prepared:
     train_set: FilmBatches
     val_set: FilmBatches
     model: Classifier
+    excluded: int = 0
+    """Films that data.exclude left out."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +205,8 @@ def resume_config(path: Path, *overrides: Overrides) -> tuple[Path, Config]:
     """
     if path.is_dir():
         path = checkpoint.newest(path)
-    stored = config_from_dict(checkpoint.load(path)["config"], source=str(path))
+    content = checkpoint.load(path)
+    stored = located(config_from_dict(content["config"], source=str(path)), content["provenance"].get("started_in"))
     layers = [flatten(stored.to_dict(), source=str(path)), {"runtime.output_dir": str(path.parent)}, *overrides]
     wanted = resolve(*layers)
     changed = [name for name in differing_fields(stored, wanted) if not name.startswith(RESUMABLE_CHANGES)]
@@ -247,7 +227,7 @@ def train(config: Config, *, resume: Path | None = None) -> TrainResult:
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    precision = resolve_precision(config.runtime.precision, device, use_amp=config.training.use_amp)
+    precision = safe_precision(config, device)
     stored = checkpoint.load(resume) if resume else None
     folder = Path(config.runtime.output_dir)
     require_writable(folder)
@@ -264,11 +244,27 @@ def train(config: Config, *, resume: Path | None = None) -> TrainResult:
         return fit.run(stop)
 
 
+def safe_precision(config: Config, device: torch.device) -> str:
+    """The resolved precision; fp32 where bf16 would give wrong gradients."""
+    precision = resolve_precision(config.runtime.precision, device, use_amp=config.training.use_amp)
+    side = config.training.progressive_resizing or config.data.image_size
+    # oneDNN's bf16 leaves weight gradients unwritten (NaN, or whatever lay there) where a 3 × 3 kernel of stride 2
+    # meets a map of one pixel: in the last stage, below 32 px. Seen in torch 2.14 with AVX512-BF16.
+    if device.type == "cpu" and precision == "bf16" and side < 32:
+        log.info("films of %d px are trained in fp32: the bf16 gradients of maps of one pixel are wrong on CPUs", side)
+        return "fp32"
+    return precision
+
+
 def prepare(config: Config, *, random_weights: bool = False) -> Prepared:
     """Read, split and decode the films and build the model; the cheap checks come before the long work."""
     seed = config.training.seed
     manifest = split_manifest(load_manifest(config.data), config.data, seed=seed)
     positive_class(manifest.classes, config.data.positive_class)
+    if config.training.progressive_resizing and has_fixed_grid(config.model.model_type):
+        raise ConfigError(
+            f"training.progressive_resizing: {config.model.model_type} takes films of one size only; set it to 0"
+        )
     log.info("%s", describe(manifest))
     torch.manual_seed(seed)
     with memory_advice(config.data.batch_size):
@@ -280,13 +276,41 @@ def prepare(config: Config, *, random_weights: bool = False) -> Prepared:
         )
     mean, std = normalisation(model)
     channels = resolve_channels(config.data, list(manifest.split("train")["path"]), seed=seed)
-    spec = PreprocessSpec(config.data.image_size, config.data.resize, channels, mean, std)
+    data = config.data
+    spec = PreprocessSpec(
+        data.image_size, data.resize, channels, mean, std, data.dicom_window, data.dicom_body_part.strip().lower()
+    )
     digest = manifest.digest()
     manifest, pixels = open_pixels(manifest, spec, config.data)
-    seen = film_hashes(list(manifest.table.loc[manifest.table["split"] != "test", "path"]))
-    augmenter = Augmenter(config.data, seed=seed)
+    hashes = film_hashes(list(manifest.table["path"]))
+    audit.say_briefly(manifest, hashes, source=config.data.manifest or config.data.data_dir)
+    seen = hashes[(manifest.table["split"] != "test").to_numpy()]
+    on_device = config.data.augment_on == "device" or (
+        config.data.augment_on == "auto" and resolve_device(config.runtime.device).type == "cuda"
+    )
+    augmenter = DeviceAugmenter(config.data, seed=seed) if on_device else Augmenter(config.data, seed=seed)
     train_set = FilmBatches(manifest.split("train"), pixels, augmenter)
-    return Prepared(manifest, digest, seen, spec, train_set, FilmBatches(manifest.split("val"), pixels, None), model)
+    excluded = len(excluded_films(Path(config.data.exclude))) if config.data.exclude else 0
+    val_set = FilmBatches(manifest.split("val"), pixels, None)
+    return Prepared(manifest, digest, seen, spec, train_set, val_set, model, excluded)
+
+
+def calibrated(
+    logits_NC: FloatArray, labels: IntArray, classes: Sequence[str], positive: str | None, config: Config
+) -> dict[str, Any]:
+    """Temperature and operating point from validation logits, as the configuration asks."""
+    temperature = fit_temperature(logits_NC, labels)
+    if positive is None:
+        return {"temperature": temperature, "operating_point": {"rule": "argmax", "positive_class": None}}
+    index, settings = list(classes).index(positive), config.training
+    targeted = settings.operating_point in ("sensitivity", "specificity")
+    point = choose_threshold(
+        labels == index,
+        softmax(logits_NC, temperature)[:, index],
+        rule=settings.operating_point,
+        target=settings.operating_point_target if targeted else None,
+    )
+    return {"temperature": temperature, "operating_point": {**asdict(point), "positive_class": positive}}
 
 
 def _open_folder(folder: Path) -> None:
@@ -340,24 +364,26 @@ class Fit:
         self.classes = prepared.manifest.classes
         self.positive = positive_class(self.classes, config.data.positive_class)
         self.model = prepared.model.to(device).to(memory_format=torch.channels_last)
+        if device.type == "cpu":
+            speed_up_depthwise(self.model)
         self.to_input = InputScaling(prepared.spec).to(device)
         workers = _worker_count(config.runtime.workers, device)
         self.stop: StopRequest | None = None
         self.network: torch.nn.Module = self.model
         self.features: FeatureCache | None = None
         self.feature_engine: str | None = None
+        self.compiled: bool | None = None
+        self._cut: int | None = None
+        self._no_cache = ""
         self._routed_for = -1
-        self.loader = Loader(prepared.train_set, workers=workers, pin_memory=device.type == "cuda")
+        self.loader: Callable[[Sequence[Request]], Iterator[Batch]] = Loader(
+            prepared.train_set, workers=workers, pin_memory=device.type == "cuda"
+        )
         self.val_loader = Loader(prepared.val_set, workers=0)
         settings = config.training
-        groups = parameter_groups(
-            self.model,
-            learning_rate=settings.learning_rate,
-            backbone_lr=settings.backbone_lr,
-            weight_decay=settings.weight_decay,
-        )
-        self.optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+        self.optimizer = self._new_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.check_every = CHECK_EVERY if device.type == "cuda" else 1
         self.average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
         self.weights_C = self._loss_weights()
         batches = len(prepared.train_set) // config.data.batch_size
@@ -368,6 +394,16 @@ class Fit:
             "temperature": 1.0,
             "operating_point": {**point, "positive_class": self.positive},
         }
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        settings = self.config.training
+        groups = parameter_groups(
+            self.model,
+            learning_rate=settings.learning_rate,
+            backbone_lr=settings.backbone_lr,
+            weight_decay=settings.weight_decay,
+        )
+        return torch.optim.AdamW(groups, fused=self.device.type in ("cpu", "cuda"))
 
     def _loss_weights(self) -> Tensor | None:
         if self.config.data.balance not in ("loss", "sampler_and_loss"):
@@ -382,6 +418,9 @@ class Fit:
         self.stop = stop
         self._announce()
         started = time.perf_counter()
+        if self._begins_with_features():
+            self._open_stages()
+            self._begin_with_features()
         while not self._finished():
             self._open_stages()
             epoch_started, first_batch = time.perf_counter(), self.standing.batch
@@ -410,14 +449,24 @@ class Fit:
     def _choose_route(self) -> None:
         """Run only what trains, on cached outputs of what is frozen, where that can be; else the whole network."""
         self.network, self.features = self.model, None
-        if not any(not item.requires_grad for item in self.model.backbone.parameters()):
-            return
+        if any(not item.requires_grad for item in self.model.backbone.parameters()):
+            self._open_features()
+        waiting = self.features is None and isinstance(self.loader, Loader)
+        if waiting and can_be_resident(self.prepared.train_set, self.device):
+            self.loader = ResidentFilms(self.prepared.train_set, self.device)
+        # A head alone is too little work to be worth compiling.
+        if self.config.training.compile != "off" and (self.features is None or self._cut is not None):
+            self._compile()
+
+    def _open_features(self) -> None:
         settings = self.config.training
         try:
             if not settings.feature_cache:
                 raise CannotCache("training.feature_cache is off")
             if settings.mixup_alpha or settings.cutmix_alpha:
                 raise CannotCache("MixUp and CutMix mix films, not their features")
+            if settings.progressive_resizing:
+                raise CannotCache("progressive resizing changes the films from epoch to epoch")
             self.features, self._cut = open_features(
                 self.model,
                 self.prepared.spec,
@@ -431,37 +480,146 @@ class Fit:
                 stop=self.stop,
             )
         except CannotCache as reason:
+            self._no_cache = str(reason)
             log.info("frozen layers run in every step: %s", reason)
             return
         self.feature_engine = self.features.engine
         self.network = Tail(self.model, self._cut)
 
-    def _train_epoch(self, stop: StopRequest) -> None:
+    def _compile(self) -> None:
+        """Compile the network of the steps, if the settings and the probe (or the run being resumed) say so."""
+        if self.compiled is False:
+            return
         requests = self._requests()
-        accumulation = self.config.training.accumulation_steps
+        batch = next(iter(self._batches(requests[:1])))
+        targets_BC = self._targets(batch)
         self.model.train()
         self.network.train()
-        prepare_batches = self.loader if self.features is None else self.features.train_batches
-        pending = self._progress(prepare_batches(requests[self.standing.batch :]), requests)
+        eager = self.network
+        self.network = compiled_network(
+            eager,
+            self._inputs(batch),
+            lambda logits_BC: self._loss(logits_BC, targets_BC),
+            wanted="on" if self.compiled else self.config.training.compile,
+            steps=len(requests) * (self.config.training.num_epochs - self.standing.epoch + 1),
+            device=self.device,
+            precision=self.precision,
+        )
+        self.compiled = self.network is not eager
+
+    # -- a head from cached features, before the first epoch --
+
+    def _begins_with_features(self) -> bool:
+        settings = self.config.training
+        return not self.standing.step and (settings.head_search or settings.head_start == "logistic")
+
+    def _begin_with_features(self) -> None:
+        """Search the heads, or give the linear head its logistic start."""
+        searched = self.config.training.head_search
+        if self.features is None or self._cut is not None:
+            raise ConfigError(
+                f"training.{'head_search' if searched else 'head_start=logistic'}: works on cached features, and there "
+                f"are none here: {self._no_cache}; change that or drop the setting"
+            )
+        if searched:
+            self._search_heads(self.features)
+            return
+        head_search.start_logistic(
+            self.model.head, self.features, n_classes=len(self.classes), weights_C=self.weights_C
+        )
+        if self.average is not None:
+            self.average = WeightAverage(self.model, self.config.training.ema_decay)
+
+    def _search_heads(self, features: FeatureCache) -> None:
+        """Train the grid of heads; the best becomes this run's, its best epoch the best model."""
+        settings = self.config.training
+        candidates = head_search.grid(self.config.model, settings)
+        log.info("head search: %d heads at once on cached features", len(candidates))
+        found = head_search.search(
+            features,
+            candidates,
+            settings=settings,
+            n_classes=len(self.classes),
+            positive=self._positive_index(),
+            weights_C=self.weights_C,
+            requests_of=self._requests,
+            device=self.device,
+            precision=self.precision,
+            stop=self.stop,
+        )
+        head_search.announce(found, monitor=settings.monitor)
+        write_text(self.folder / "head_search.csv", pd.DataFrame(found.table).to_csv(index=False))
+        self._adopt(found)
+        self.calibrated = self._calibrate(self._validation_logits(), self.prepared.val_set.labels)
+        self._save(checkpoint.BEST, epoch=self.standing.best_epoch, resumable=False)
+        self._save(f"checkpoint_epoch_{found.epochs}.pth", epoch=found.epochs, resumable=True)
+        write_text(self.folder / "history.csv", pd.DataFrame(self.standing.history).to_csv(index=False))
+
+    def _adopt(self, found: head_search.Found) -> None:
+        """Make the best head, its settings and its history those of the run, which then stands after its last epoch."""
+        best, progress = found.candidate, found.progress
+        hidden, dropout = best.hidden_features, best.dropout_rate
+        self.config = replace(
+            self.config,
+            model=replace(self.config.model, hidden_features=hidden, dropout_rate=dropout),
+            training=replace(self.config.training, learning_rate=best.learning_rate, weight_decay=best.weight_decay),
+        )
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        width = found.head["1.weight"].shape[1]
+        head = make_head(width, num_classes=len(self.classes), dropout_rate=dropout, hidden_features=hidden)
+        head.load_state_dict(found.head)
+        self.model.head = head.to(self.device)
+        self.network = Tail(self.model, self._cut)
+        self.optimizer = self._new_optimizer()
+        rows = [{**row, "lr_backbone": 0.0, "peak_memory_mb": peak_memory_mb(self.device)} for row in progress.history]
+        self.standing = Standing(
+            epoch=found.epochs + 1,
+            step=found.epochs * len(self._requests()),
+            best_score=progress.best_score,
+            best_epoch=progress.best_epoch,
+            stale_epochs=found.epochs - progress.best_epoch,
+            history=rows,
+        )
+
+    # -- an epoch --
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        return self.loader(requests) if self.features is None else self.features.train_batches(requests)
+
+    def _begin_epoch(self) -> list[Request]:
+        self._epoch_requests = self._requests()
+        self._losses = torch.zeros(len(self._epoch_requests), device=self.device)
+        self._checked = self.standing.batch
+        self._broken = torch.zeros((), device=self.device)
+        self.model.train()
+        self.network.train()
+        return self._epoch_requests
+
+    def _train_epoch(self, stop: StopRequest) -> None:
+        requests = self._begin_epoch()
+        accumulation = self.config.training.accumulation_steps
+        pending = self._progress(self._batches(requests[self.standing.batch :]), requests)
         for batch in pending:
             position = self.standing.batch
             group_start = position - position % accumulation
             group = min(accumulation, len(requests) - group_start)
             with memory_advice(self.config.data.batch_size):
-                loss = self._backward(batch, share=1 / group)
-            self.standing.loss_sum += loss
+                self._backward(batch, share=1 / group)
             self.standing.batch += 1
             if self.standing.batch == group_start + group:
                 self._step()
                 if stop.signal is not None and self.standing.batch < len(requests):
+                    self._check_losses(self.standing.batch)
                     self._end_interrupted(stop.signal)
+        self._check_losses(self.standing.batch)
 
-    def _requests(self) -> list[Request]:
+    def _requests(self, epoch: int | None = None) -> list[Request]:
+        """The batches of `epoch`, or of the one under way."""
         return training_requests(
             self.prepared.train_set.labels,
             batch_size=self.config.data.batch_size,
             seed=self.config.training.seed,
-            epoch=self.standing.epoch,
+            epoch=epoch or self.standing.epoch,
             n_classes=len(self.classes),
             weighted=self.config.data.balance in ("sampler", "sampler_and_loss"),
         )
@@ -471,36 +629,64 @@ class Fit:
         label = f"epoch {self.standing.epoch}/{self.config.training.num_epochs}"
         return progress(batches, total=(len(requests) - self.standing.batch) * size, label=label, step=size)
 
-    def _backward(self, batch: Batch, *, share: float) -> float:
-        """Add the gradient of one batch, times `share`; its loss. A loss that is not finite ends the run here."""
+    def _backward(self, batch: Batch, *, share: float) -> Tensor:
+        """Add the gradient of one batch, times `share`; its loss. A loss that is not finite stops the run.
+
+        On a GPU nothing here waits for it: the loss is looked at later, and until then nothing is stepped.
+        """
         settings = self.config.training
-        targets_BC = F.one_hot(batch.labels_B.to(self.device), len(self.classes)).float()
         rng = np.random.default_rng((settings.seed, 2, self.standing.epoch, self.standing.batch))
         images_BCHW, targets_BC = mix_batch(
             self._inputs(batch),
-            targets_BC,
+            self._targets(batch),
             mixup_alpha=settings.mixup_alpha,
             cutmix_alpha=settings.cutmix_alpha,
             rng=rng,
         )
         with autocast(self.device, self.precision):
             logits_BC = self.network(images_BCHW)
-        loss = classification_loss(logits_BC.float(), targets_BC, config=settings, weights_C=self.weights_C)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._not_finite(value, batch)
+        loss = self._loss(logits_BC.float(), targets_BC)
+        self._note_loss(loss.detach())
         self.scaler.scale(loss * share).backward()
-        return value
+        return loss.detach()
 
     def _inputs(self, batch: Batch) -> Tensor:
         """What the network of this step takes: normalised films, or cached features as they are."""
-        return self.to_input(batch.inputs) if self.features is None else batch.inputs.to(self.device)
+        if self.features is not None:
+            return batch.inputs.to(self.device)
+        epoch, full = self.standing.epoch, self.config.data.image_size
+        films_BHWC = self.prepared.train_set.finished(batch, epoch=epoch, device=self.device)
+        if start := self.config.training.progressive_resizing:
+            side = progressive_side(epoch=epoch, epochs=self.config.training.num_epochs, start=start, full=full)
+            films_BHWC = shrunk(films_BHWC, side)
+        return self.to_input(films_BHWC)
 
-    def _not_finite(self, value: float, batch: Batch) -> UserError:
-        rows = self.prepared.manifest.split("train").iloc[batch.positions_B.tolist()]
+    def _targets(self, batch: Batch) -> Tensor:
+        return F.one_hot(batch.labels_B, len(self.classes)).float().to(self.device, non_blocking=True)
+
+    def _loss(self, logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
+        return classification_loss(logits_BC, targets_BC, config=self.config.training, weights_C=self.weights_C)
+
+    def _note_loss(self, loss: Tensor) -> None:
+        """Keep the loss of the batch under way on the device, and look at it when it is time."""
+        self._losses[self.standing.batch] = loss
+        torch.maximum(self._broken, (~loss.isfinite()).float(), out=self._broken)
+        if (self.standing.batch + 1) % self.check_every == 0:
+            self._check_losses(self.standing.batch + 1)
+
+    def _check_losses(self, count: int) -> None:
+        """Add up the losses of the epoch's first `count` batches; the first that is not finite ends the run here."""
+        for batch, value in enumerate(self._losses[self._checked : count].tolist(), start=self._checked):
+            if not math.isfinite(value):
+                raise self._not_finite(value, batch)
+            self.standing.loss_sum += value
+        self._checked = count
+
+    def _not_finite(self, value: float, batch: int) -> UserError:
+        rows = self.prepared.manifest.split("train").iloc[self._epoch_requests[batch].positions]
         films = [self.prepared.manifest.relative_path(path) for path in rows["path"]]
         return UserError(
-            f"epoch {self.standing.epoch}, batch {self.standing.batch + 1}: the loss is {value} (films "
+            f"epoch {self.standing.epoch}, batch {batch + 1}: the loss is {value} (films "
             f"{examples(films)}); nothing was stepped and the last checkpoint stands: lower training.learning_rate and "
             "training.backbone_lr, or compute with --precision fp32"
         )
@@ -517,6 +703,9 @@ class Fit:
         if settings.gradient_clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
+        if self.check_every > 1 and not self.scaler.is_enabled():
+            # The fused step then leaves everything as it is, as it does for a scaler that found an overflow.
+            self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -590,32 +779,38 @@ class Fit:
         return None if self.positive is None else self.classes.index(self.positive)
 
     def _calibrate(self, logits_NC: FloatArray, labels: IntArray) -> dict[str, Any]:
-        """Temperature and operating point from validation logits."""
-        temperature = fit_temperature(logits_NC, labels)
-        index = self._positive_index()
-        if index is None:
-            return {"temperature": temperature, "operating_point": {"rule": "argmax", "positive_class": None}}
-        settings = self.config.training
-        targeted = settings.operating_point in ("sensitivity", "specificity")
-        point = choose_threshold(
-            labels == index,
-            softmax(logits_NC, temperature)[:, index],
-            rule=settings.operating_point,
-            target=settings.operating_point_target if targeted else None,
-        )
-        return {"temperature": temperature, "operating_point": {**asdict(point), "positive_class": self.positive}}
+        return calibrated(logits_NC, labels, self.classes, self.positive, self.config)
 
-    def _calibrate_whole_network(self, best: dict[str, Any]) -> dict[str, Any]:
-        """Choose temperature and operating point anew with the whole network.
+    def _complete_with_whole_network(self, best: dict[str, Any]) -> dict[str, Any]:
+        """Choose temperature and operating point anew with the whole network, and fit the input gate.
 
         Another engine computed the cached features, and its rounding may move a threshold.
         """
         load_state(self.model, best["model_state_dict"], source=checkpoint.BEST)
+        engine = TorchEngine(self.model, self.prepared.spec, device=self.device, precision=self.precision)
         requests = sequential_requests(len(self.prepared.val_set), self.config.data.batch_size)
-        logits_NC = np.concatenate(list(self._whole_network_logits(self.model, requests)))
-        calibrated = {**best, **self._calibrate(logits_NC, self.prepared.val_set.labels)}
-        checkpoint.save(self.folder / checkpoint.BEST, calibrated)
-        return calibrated
+        val = gate.describe(engine.outputs, (batch.inputs.numpy() for batch in self.val_loader(requests)))
+        complete = {**best, **self._calibrate(val.logits_NC, self.prepared.val_set.labels)}
+        if self.config.training.input_gate:
+            complete |= self._input_gate(engine, val)
+        checkpoint.save(self.folder / checkpoint.BEST, complete)
+        return complete
+
+    def _input_gate(self, engine: TorchEngine, val: gate.Described) -> dict[str, Any]:
+        """{'input_gate': its state}; nothing where there are too few films."""
+        films = self.prepared.train_set
+        views = None if self.features is None else self.features.views
+        films_run = films_a_run(len(films), len(self.standing.history), views=views)
+        chosen = np.linspace(0, len(films) - 1, gate.reference_count(len(films), films_run)).astype(int)
+        batches = np.array_split(films.store_rows[chosen], math.ceil(len(chosen) / self.config.data.batch_size))
+        images = (np.stack([films.pixels[int(row)] for row in rows]) for rows in batches)
+        try:
+            state = gate.fit(gate.describe(engine.outputs, images), val)
+        except gate.CannotFit as reason:
+            log.info("no input gate: %s", reason)
+            return {}
+        log.info("input gate: %s", gate.summary(state))
+        return {"input_gate": state}
 
     def _epoch_line(self, row: dict[str, float], *, better: bool) -> str:
         monitored = self.config.training.monitor
@@ -648,7 +843,9 @@ class Fit:
         return {
             "epoch": epoch,
             "seed": self.config.training.seed,
+            "started_in": str(Path.cwd()),
             "manifest_digest": self.prepared.digest,
+            "excluded_films": self.prepared.excluded,
             **{name: facts[name] for name in chosen},
         }
 
@@ -659,6 +856,7 @@ class Fit:
             "standing": asdict(self.standing),
             "torch_rng": torch.get_rng_state(),
             "feature_engine": self.feature_engine,
+            "compiled": self.compiled,
         }
         if self.average is not None:
             state["model"] = self.model.state_dict()
@@ -684,7 +882,7 @@ class Fit:
             load_state(self.average.model, stored["model_state_dict"], source=str(source))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.feature_engine = state["feature_engine"]
+        self.feature_engine, self.compiled = state["feature_engine"], state.get("compiled")
         self.standing = Standing(**state["standing"])
         self.calibrated = {name: stored[name] for name in ("temperature", "operating_point")}
         torch.set_rng_state(state["torch_rng"])
@@ -730,8 +928,8 @@ class Fit:
             )
         plots.training_curves(standing.history, self.folder / "training_curves.png")
         best = checkpoint.load(self.folder / checkpoint.BEST)
-        if self.features is not None:
-            best = self._calibrate_whole_network(best)
+        if self.features is not None or self.config.training.input_gate:
+            best = self._complete_with_whole_network(best)
         row = standing.history[standing.best_epoch - 1]
         validation = {name[4:]: value for name, value in row.items() if name.startswith("val_")}
         log.info(
@@ -758,43 +956,13 @@ class Fit:
         )
 
 
+def films_a_run(films: int, epochs: int, *, views: int | None) -> int:
+    """Films sent through the network in a run, a step's backward pass counted as two; cached layers run once a view."""
+    return films * (views or 3 * epochs)
+
+
 def _worker_count(wanted: int, device: torch.device) -> int:
     """0 on a CPU, where processes would take the network's own cores; up to 8 beside a GPU."""
     if wanted >= 0:
         return wanted
     return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-
-
-def improves(value: float, best: float | None, mode: str) -> bool:
-    """Whether `value` beats `best` in direction `mode`; NaN never does."""
-    if math.isnan(value):
-        return False
-    return best is None or (value > best if mode == "max" else value < best)
-
-
-def validation_figures(logits_NC: FloatArray, labels: IntArray, *, positive: int | None) -> dict[str, float]:
-    """loss, auc_roc, accuracy, balanced_accuracy and f1 of validation logits, at threshold 0.5 or by argmax."""
-    prob_NC = softmax(logits_NC, 1.0)
-    n_classes = prob_NC.shape[1]
-    names = [str(code) for code in range(n_classes)]
-    predicted = decide(prob_NC, names, None if positive is None else names[positive], 0.5)
-    measured = range(n_classes) if positive is None else [positive]
-    recalls = [float((predicted[labels == code] == code).mean()) for code in range(n_classes)]
-    return {
-        "loss": float(-np.log(np.maximum(prob_NC[np.arange(len(labels)), labels], 1e-300)).mean()),
-        "auc_roc": _validation_auroc(prob_NC, labels, positive),
-        "accuracy": float((predicted == labels).mean()),
-        "balanced_accuracy": float(np.mean(recalls)),
-        "f1": float(np.mean([_f1(predicted, labels, code) for code in measured])),
-    }
-
-
-def _validation_auroc(prob_NC: FloatArray, labels: IntArray, positive: int | None) -> float:
-    if positive is not None:
-        return auroc(labels == positive, prob_NC[:, positive])
-    return multiclass_auroc(labels, prob_NC)
-
-
-def _f1(predicted: IntArray, labels: IntArray, code: int) -> float:
-    hits = ((predicted == code) & (labels == code)).sum()
-    return float(2 * hits / max(1, (predicted == code).sum() + (labels == code).sum()))

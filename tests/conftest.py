@@ -68,6 +68,27 @@ def trained(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def optimized(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle that `optimize` made of `trained`, with a Triton repository in it. Not to be changed."""
+    import candidates
+    import optimization
+
+    folder = tmp_path_factory.mktemp("optimized")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDIMG_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "pixel_cache"))
+        # A fresh process for each candidate takes seconds: it has a test of its own.
+        patch.setattr(optimization, "cold_start", lambda *_, **__: candidates.ColdStart(1.5, 300.0))
+        optimization.optimize(
+            trained / "best_model.pth",
+            # Tiny films are predicted at chance: a budget that lets every candidate through.
+            [{"optimization.rounds": 2, "optimization.max_auc_drop": 1, "optimization.max_sensitivity_drop": 1}],
+            output_dir=folder,
+            triton_repository=folder / "triton",
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder with real films, weights and reference cases; tests that ask for it are marked realdata."""
     folder = os.environ.get("MEDIMG_ASSETS")

@@ -153,3 +153,28 @@ def test_every_field_is_documented_under_it() -> None:
             for field, after in zip(node.body, node.body[1:]):
                 if isinstance(field, ast.AnnAssign):
                     assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)} has no text under it"
+
+
+def test_a_class_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="data.classes: 'a' stands there more than once; name each class once"):
+        config.resolve({"data.classes": "a,b,a"})
+
+
+def test_progressive_resizing_from_above_the_full_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="starts at 300 px, above data.image_size=224"):
+        config.resolve({"training.progressive_resizing": 300})
+
+
+def test_paths_that_are_not_here_are_taken_from_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    (there / "films").mkdir(parents=True)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    settings = config.resolve({"data.data_dir": "films", "data.exclude": "absent.csv"})
+    assert config.located(settings, str(there)).data.data_dir == str(there / "films")
+    assert config.located(settings, str(there)).data.exclude == "absent.csv"
+    assert config.located(settings, None) == settings
+    (here / "films").mkdir()
+    assert config.located(settings, str(there)) == settings

@@ -77,7 +77,7 @@ def test_the_surface_of_train_is_frozen() -> None:
     assert flags == {
         "--help", "--data-dir", "--manifest", "--model", "--weights", "--pretrained", "--freeze-backbone", "--epochs",
         "--batch-size", "--image-size", "--seed", "--device", "--precision", "--workers", "--skip-unreadable",
-        "--output-dir", "--resume", "--config", "--set", "--json", "--quiet",
+        "--exclude", "--output-dir", "--resume", "--config", "--set", "--json", "--quiet",
     }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_the_surface_of_train_is_frozen() -> None:
         (["train", "--resume", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
         (["train", "--device", "tpu"], "'tpu' is no device"),
         (["train", "--device", "cuda:99"], "cuda:99"),
-        (["evaluate"], "one of the arguments --checkpoint --predictions is required"),
+        (["evaluate"], "one of the arguments --checkpoint --bundle --predictions is required"),
         (["evaluate", "--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint; train one first"),
         (["predict", "nowhere.jpeg", "--checkpoint", "x.pth"], "nowhere.jpeg: no such file or folder"),
     ],
@@ -144,6 +144,12 @@ def test_doctor_reports_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["libraries"]["torch"] and facts["cpu_count"] >= 1
+
+
+def test_train_takes_the_positive_class() -> None:
+    arguments = main.build_parser()[0].parse_args(["train", "--positive-class", "NORMAL", "--head-search"])
+    flags = main.layers(arguments)[1]
+    assert flags["data.positive_class"] == "NORMAL" and flags["training.head_search"] is True
 
 
 def test_sigterm_before_there_is_anything_to_save_is_one_line() -> None:

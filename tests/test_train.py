@@ -246,6 +246,9 @@ FEATURES = {
     "bf16": {"runtime__precision": "bf16"},
     "rgb": {"data__colour": "rgb"},
     "no_cache": {"data__pixel_cache": False},
+    "progressive": {"training__progressive_resizing": 16},
+    "on_device": {"data__augment_on": "device", "data__min_crop_scale": 0.6},
+    "linear_head": {"model__hidden_features": 0},
 }
 
 
@@ -382,6 +385,71 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
     assert checkpoint.load(Path(tiny.runtime.output_dir) / "checkpoint_epoch_1.pth")
 
 
+@pytest.mark.parametrize(("bad", "check_every"), [(12, 4), (10, 50), (18, 50)])
+def test_where_losses_are_looked_at_late_nothing_is_stepped_in_between(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, bad: int, check_every: int
+) -> None:
+    real, count = train.classification_loss, itertools.count(1)
+    monkeypatch.setattr(
+        train, "classification_loss", lambda *a, **k: real(*a, **k) * (float("nan") if next(count) == bad else 1.0)
+    )
+    fits: list[train.Fit] = []
+    standing: list[dict[str, torch.Tensor]] = []
+    start, step = train.Fit.__init__, train.Fit._step
+
+    def started(fit: train.Fit, *args: Any, **settings: Any) -> None:
+        start(fit, *args, **settings)
+        fit.check_every = check_every  # as on a GPU
+        fits.append(fit)
+
+    def stepped(fit: train.Fit) -> None:
+        step(fit)
+        standing.append({name: item.detach().clone() for name, item in fit.model.named_parameters()})
+
+    monkeypatch.setattr(train.Fit, "__init__", started)
+    monkeypatch.setattr(train.Fit, "_step", stepped)
+    with pytest.raises(UserError, match=rf"epoch 2, batch {bad - 9}: the loss is nan .films train/"):
+        train.train(tiny)
+    good = standing[bad - 2]
+    assert all(torch.equal(item, good[name]) for name, item in fits[0].model.named_parameters())
+    assert not (Path(tiny.runtime.output_dir) / "checkpoint_epoch_2.pth").exists()
+
+
+def test_losses_looked_at_late_give_the_same_run(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.train(changed(tiny, runtime__output_dir=str(tmp_path / "at_once")))
+    start = train.Fit.__init__
+
+    def started(fit: train.Fit, *args: Any, **settings: Any) -> None:
+        start(fit, *args, **settings)
+        fit.check_every = 5
+
+    monkeypatch.setattr(train.Fit, "__init__", started)
+    train.train(changed(tiny, runtime__output_dir=str(tmp_path / "late")))
+    assert_same_run(tmp_path / "at_once", tmp_path / "late")
+
+
+def test_progressive_resizing_trains_small_and_validates_at_full_size(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    forward = train.Classifier.forward
+
+    def watched(model: train.Classifier, images: torch.Tensor) -> torch.Tensor:
+        seen.append((model.training, images.shape[-1]))
+        return forward(model, images)
+
+    monkeypatch.setattr(train.Classifier, "forward", watched)
+    train.train(changed(tiny, training__progressive_resizing=16, training__num_epochs=3))
+    assert [side for training, side in seen if training] == [16] * 9 + [16] * 9 + [32] * 9
+    assert {side for training, side in seen if not training} <= {32}
+
+
+def test_a_network_of_one_size_is_not_resized(tiny: Config) -> None:
+    config = changed(tiny, model__model_type="test_vit", data__image_size=160, training__progressive_resizing=96)
+    with pytest.raises(ConfigError, match="progressive_resizing: test_vit takes films of one size only"):
+        train.train(config)
+
+
 def test_accumulated_batches_step_like_one_large_batch(tiny: Config, tmp_path: Path) -> None:
     # Norms of the backbone stand still, so that only the sum of gradients matters; dropout off, fp32.
     shared = {
@@ -461,6 +529,22 @@ def test_resuming_on_other_films_is_refused(trained: Path, tmp_path: Path) -> No
         train.train(config, resume=path)
 
 
+def test_a_checkpoint_finds_its_films_from_another_folder(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evaluate import evaluate
+
+    monkeypatch.chdir(films.parent)
+    short = {"data.data_dir": films.name, "runtime.output_dir": str(tmp_path / "run"), "training.num_epochs": 1}
+    train.train(resolve(TINY, short))
+    assert checkpoint.load(tmp_path / "run" / "best_model.pth")["config"]["data"]["data_dir"] == films.name
+    monkeypatch.chdir(tmp_path)
+    measured = evaluate(tmp_path / "run" / "best_model.pth", output_dir=tmp_path / "measured")
+    assert measured["n"] == 40
+    path, config = train.resume_config(tmp_path / "run", {"training.num_epochs": 2})
+    assert train.train(config, resume=path).epochs == 2
+
+
 def test_out_of_memory_says_which_batch_size_to_try(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -479,6 +563,15 @@ def test_an_output_folder_that_is_a_file_is_refused(tiny: Config, tmp_path: Path
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot be written"):
         train.train(changed(tiny, runtime__output_dir=str(tmp_path / "file")))
+
+
+def test_films_too_small_for_bf16_gradients_on_a_cpu_are_trained_in_fp32(tiny: Config) -> None:
+    cpu = torch.device("cpu")
+    wanted = changed(tiny, runtime__precision="bf16")
+    assert train.safe_precision(wanted, cpu) == "bf16"
+    assert train.safe_precision(changed(wanted, data__image_size=16), cpu) == "fp32"
+    assert train.safe_precision(changed(wanted, training__progressive_resizing=16), cpu) == "fp32"
+    assert train.safe_precision(changed(wanted, training__progressive_resizing=32), cpu) == "bf16"
 
 
 @pytest.mark.parametrize(("precision", "use_amp"), [("fp16", True), ("bf16", False)])
