@@ -77,7 +77,8 @@ def test_the_surface_of_train_is_frozen() -> None:
     assert flags == {
         "--help", "--data-dir", "--manifest", "--model", "--weights", "--pretrained", "--freeze-backbone", "--epochs",
         "--batch-size", "--image-size", "--seed", "--device", "--precision", "--workers", "--skip-unreadable",
-        "--exclude", "--output-dir", "--resume", "--config", "--set", "--json", "--quiet",
+        "--exclude", "--positive-class", "--head-search", "--output-dir", "--resume", "--config", "--set", "--json",
+            "--quiet",
     }  # fmt: skip
 
 
