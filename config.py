@@ -308,6 +308,8 @@ class OptimizationConfig:
     """A candidate whose AUROC on validation is lower than the float model's by more than this is refused; in [0, 1]."""
     max_sensitivity_drop: float = 0.01
     """The same for sensitivity at the stored operating point; in [0, 1]."""
+    max_accuracy_drop: float = 0.006
+    """The same for accuracy there; in [0, 1]. The default is the most that the published INT8 figures lose."""
     objective: str = "throughput"
     """What is chosen by: throughput (films/s in batches of 16) or latency (one film). The other decides near ties."""
     engines: list[str] | None = None
@@ -320,7 +322,7 @@ class OptimizationConfig:
     """Times that the candidates are timed in turn; medians are reported."""
 
     def __post_init__(self) -> None:
-        for name in ("max_auc_drop", "max_sensitivity_drop"):
+        for name in ("max_auc_drop", "max_sensitivity_drop", "max_accuracy_drop"):
             _check_range("optimization", name, getattr(self, name), 0, 1)
         for name in ("validation_films", "calibration_films", "rounds"):
             _check_range("optimization", name, getattr(self, name), 1)

@@ -95,6 +95,7 @@ FLAGS |= {
     "--prune-epochs": Flag("optimization.pruning_epochs", "epochs of fine-tuning a pruned model (3)", int),
     "--max-auc-drop": Flag("optimization.max_auc_drop", "AUROC a candidate may lose on validation (0.005)", float),
     "--max-sensitivity-drop": Flag("optimization.max_sensitivity_drop", "the same for sensitivity (0.01)", float),
+    "--max-accuracy-drop": Flag("optimization.max_accuracy_drop", "the same for accuracy (0.006)", float),
     "--objective": Flag("optimization.objective", "throughput (batches of 16) or latency (one film); (throughput)"),
     "--engines": Flag("optimization.engines", "of torch,compile,onnxruntime,openvino,cuda,tensorrt (all but compile)"),
 }

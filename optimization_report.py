@@ -107,8 +107,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{machine['platform']}, {machine['torch_threads']} threads, instruction sets "
         f"{', '.join(machine['instruction_sets']) or 'unknown'}. Judged on {films['n']} validation films of "
         f"{films['patients']} patients. Budget: AUROC {settings['max_auc_drop']:g}, sensitivity "
-        f"{settings['max_sensitivity_drop']:g}; chosen by {settings['objective']}. Whole command: "
-        f"{report['seconds']:.0f} s.",
+        f"{settings['max_sensitivity_drop']:g}, accuracy {settings['max_accuracy_drop']:g}; chosen by "
+        f"{settings['objective']}. Whole command: {report['seconds']:.0f} s.",
         "![Speed against accuracy](optimization_report.png)",
         "## Candidates",
         f"Timed in turns, medians of {settings['rounds']} batches of 16 and of single films. Start: a fresh process "

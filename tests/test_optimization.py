@@ -51,7 +51,7 @@ def test_a_row_holds_speed_start_size_and_accuracy(report: dict[str, Any]) -> No
 
 def test_the_float_model_loses_nothing_against_itself(report: dict[str, Any]) -> None:
     (same,) = [row for row in report["candidates"] if row["name"] == "torch fp32"]
-    assert same["accuracy"]["drop"] == {"auc_roc": 0.0, "sensitivity": 0.0}
+    assert same["accuracy"]["drop"] == dict.fromkeys(optimization.BUDGETED, 0.0)
     assert same["accuracy"]["flips"] == 0
 
 
@@ -126,6 +126,7 @@ def test_a_pruned_network_is_a_candidate_with_an_operating_point_of_its_own(
         "rounds": 1,
         "max_auc_drop": 1,
         "max_sensitivity_drop": 1,
+        "max_accuracy_drop": 1,
     }
     overrides = {f"optimization.{name}": value for name, value in settings.items()}
     monkeypatch.setattr(optimization, "choose", lambda rows, **_: rows[-1])
@@ -249,11 +250,18 @@ def columns(positive: np.ndarray) -> np.ndarray:
 def test_drops_are_counted_at_each_models_own_threshold() -> None:
     after = BEFORE.copy()
     after[5] = 0.35  # a positive film falls below the 0.6 and 0.4 of others and below 0.5
-    auc, sensitivity = optimization.drops_of(standing(LABELS, BEFORE), columns(after), 0.5)
+    drops = optimization.drops_of(standing(LABELS, BEFORE), columns(after), 0.5)
     # Ordered pairs of 16: 15 before (0.4 < 0.6), 14 after (0.35 and 0.4 < 0.6).
-    assert auc == pytest.approx(1 / 16)
-    assert sensitivity == pytest.approx(1 / 4)
-    assert optimization.drops_of(standing(LABELS, BEFORE), columns(after), 0.35) == pytest.approx((1 / 16, -1 / 4))
+    assert drops == pytest.approx({"auc_roc": 1 / 16, "sensitivity": 1 / 4, "accuracy": 1 / 8})
+    lower = optimization.drops_of(standing(LABELS, BEFORE), columns(after), 0.35)
+    assert lower == pytest.approx({"auc_roc": 1 / 16, "sensitivity": -1 / 4, "accuracy": -1 / 8})
+
+
+def test_a_shift_that_spares_auroc_and_sensitivity_is_refused_for_its_accuracy() -> None:
+    accuracy = optimization.judged(standing(LABELS, BEFORE), columns(np.minimum(BEFORE + 0.35, 1.0)), 0.5)
+    assert accuracy["drop"]["auc_roc"] == 0 > accuracy["drop"]["sensitivity"]
+    reason = optimization.refusal(accuracy, OptimizationConfig())
+    assert reason is not None and reason.startswith("accuracy falls by 0.1250, more than 0.006 (95 % interval ")
 
 
 def test_a_candidate_outside_the_budget_is_refused_with_the_interval() -> None:
@@ -265,15 +273,19 @@ def test_a_candidate_outside_the_budget_is_refused_with_the_interval() -> None:
     assert reason is not None and reason.startswith("AUROC falls by 0.0625, more than 0.005 (95 % interval ")
     lenient = OptimizationConfig(max_auc_drop=0.1)
     assert str(optimization.refusal(accuracy, lenient)).startswith("sensitivity falls by 0.2500, more than 0.01")
-    assert optimization.refusal(accuracy, dataclasses.replace(lenient, max_sensitivity_drop=0.25)) is None
+    laxer = dataclasses.replace(lenient, max_sensitivity_drop=0.25, max_accuracy_drop=0.125)
+    assert optimization.refusal(accuracy, laxer) is None
 
 
 def test_a_gain_is_never_refused() -> None:
-    assert optimization.over_budget(-0.1, -0.1, OptimizationConfig(max_auc_drop=0, max_sensitivity_drop=0)) is None
+    nothing = OptimizationConfig(max_auc_drop=0, max_sensitivity_drop=0, max_accuracy_drop=0)
+    assert optimization.over_budget(dict.fromkeys(optimization.BUDGETED, -0.1), nothing) is None
 
 
 def test_what_cannot_be_measured_does_not_pass() -> None:
-    assert "cannot be measured" in str(optimization.over_budget(float("nan"), 0.0, OptimizationConfig()))
+    assert "cannot be measured" in str(
+        optimization.over_budget(dict.fromkeys(optimization.BUDGETED, float("nan")), OptimizationConfig())
+    )
     broken = columns(np.full(8, np.nan))
     accuracy = optimization.judged(standing(LABELS, BEFORE), broken, 0.5)
     assert "cannot be measured" in str(optimization.refusal(accuracy, OptimizationConfig()))
@@ -286,8 +298,8 @@ def test_several_classes_are_judged_by_macro_averages() -> None:
     found = optimization.Standing(films, ("a", "b", "c"), None, 0.5, certain, certain)
     worse = certain.copy()
     worse[4] = [0.7, 0.29, 0.01]
-    auc, sensitivity = optimization.drops_of(found, worse, 0.5)
-    assert sensitivity == pytest.approx(1 / 6) and 0 < auc < 1
+    drops = optimization.drops_of(found, worse, 0.5)
+    assert drops["sensitivity"] == drops["accuracy"] == pytest.approx(1 / 6) and 0 < drops["auc_roc"] < 1
     assert optimization.judged(found, worse, 0.5)["flips"] == 1
 
 
