@@ -281,7 +281,7 @@ def test_the_whole_way_works_by_keyboard_alone(page: Watched) -> None:
     keyboard.press("Tab")
     expect(page.page.locator("#files")).to_be_focused()
     with page.page.expect_file_chooser() as chooser:
-        keyboard.press("Enter")
+        keyboard.press("Space")
     chooser.value.set_files([film("one.png"), film("two.png", seed=2, pneumonia=False)])
     expect(page.page.locator("#tally")).to_have_text("2 of 2 answered")
     keyboard.press("Tab")
