@@ -10,6 +10,7 @@ touched when validation has to be rebuilt. Legend: B batch, H height, W width, C
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import queue
 import random
@@ -405,11 +406,18 @@ class PixelStore(Protocol):
 class CachedPixels:
     """Films in one memory-mapped file. Pickles as its path, so that worker processes map it without copying."""
 
+    RELEASE_EVERY = 512
+    """Reads after which the mapped pages are given back: else all films come to count as this process' memory."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._array: Uint8Array = np.load(path, mmap_mode="r")
+        self._array = np.load(path, mmap_mode="r")
+        self._reads = 0
 
     def __getitem__(self, row: int) -> Uint8Array:
+        self._reads += 1
+        if self._reads % self.RELEASE_EVERY == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._array._mmap.madvise(mmap.MADV_DONTNEED)  # films handed out stay valid: they are read again
         return self._array[row]
 
     def __len__(self) -> int:

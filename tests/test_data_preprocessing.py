@@ -585,3 +585,22 @@ def test_skipping_every_film_of_a_class_is_an_error(copied: Path) -> None:
     config = DataConfig(data_dir=str(copied), skip_unreadable=True)
     with pytest.raises(DataError, match="train split: no readable film of class 'NORMAL'"):
         dp.open_pixels(split_of(config), SPEC, config)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of this process from /proc")
+def test_films_read_from_the_cache_do_not_pile_up_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident_mb() -> float:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssFile"))
+
+    films = np.random.default_rng(0).integers(0, 256, (800, 256, 256, 1), dtype=np.uint8)
+    np.save(tmp_path / "films.npy", films)
+    monkeypatch.setattr(dp.CachedPixels, "RELEASE_EVERY", 100)
+    cache = dp.CachedPixels(tmp_path / "films.npy")
+    first, before, most = cache[0], resident_mb(), 0.0
+    for row in range(len(films)):
+        assert cache[row][row % 256, 0, 0] == films[row, row % 256, 0, 0]
+        cache[row].sum()
+        most = max(most, resident_mb())
+    assert most - before < 25  # of 50 MB
+    assert np.array_equal(first, films[0])
