@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -687,8 +686,6 @@ class Loader:
                 num_workers=workers,
                 prefetch_factor=2,
                 persistent_workers=True,
-                # Not fork: this process has threads of OpenMP and OpenVINO, whose locks a forked child may find held.
-                multiprocessing_context="forkserver" if "forkserver" in get_all_start_methods() else "spawn",
                 pin_memory=pin_memory,
                 generator=torch.Generator(),  # the default one would draw from the stream that dropout reads
                 worker_init_fn=_one_thread_each,
