@@ -9,11 +9,8 @@ BIN := $(VENV)/bin
 demo: setup
 	$(BIN)/python main.py demo
 
-# A test runner was seen to die late in a long run, at a different test each time (docs/log.md): what failed is tried
-# once more, alone and in a fresh process, and has to pass there.
 test: setup-dev lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal || \
-	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

@@ -6,6 +6,7 @@ Training, prediction and measurement all turn uint8 films into network input thr
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import sys
 import warnings
@@ -139,6 +140,17 @@ def import_openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The one Core of the process, never let go.
+
+    A Core's CPU plugin gives its thread another signal stack and takes it back when the Core goes. Two Cores that go in
+    the order they came, or one that goes in another thread, leave the thread with a signal stack that is no longer
+    memory: the next signal with a Python handler (a loader's child that ends, SIGTERM) is a segmentation fault.
+    """
+    return import_openvino().Core()
+
+
 class OpenVinoFloatEngine:
     """OpenVINO on the CPU, several requests in flight."""
 
@@ -151,7 +163,7 @@ class OpenVinoFloatEngine:
             graph = openvino.convert_model(module.cpu().eval(), example_input=example, input=[-1, *film_shape])
         hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
         options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
-        self.compiled = openvino.Core().compile_model(graph, "CPU", options)
+        self.compiled = openvino_core().compile_model(graph, "CPU", options)
         count = int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._requests = [self.compiled.create_infer_request() for _ in range(count)]
 
@@ -300,7 +312,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if "bf16" in precision else "f32",
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
         }
-        core, graph = openvino.Core(), _film_graph(openvino, path, spec)
+        core, graph = openvino_core(), _film_graph(openvino, path, spec)
         streams = core.compile_model(graph, "CPU", {**options, "PERFORMANCE_HINT": "THROUGHPUT"})
         self._requests = [
             streams.create_infer_request() for _ in range(int(streams.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
@@ -401,7 +413,7 @@ def _film_graph(openvino: Any, path: Path, spec: PreprocessSpec) -> Any:
     from openvino import opset13 as ops
     from openvino.preprocess import PrePostProcessor
 
-    processor = PrePostProcessor(openvino.Core().read_model(str(path)))
+    processor = PrePostProcessor(openvino_core().read_model(str(path)))
     film = processor.input("input")
     film.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
     film.tensor().set_shape([-1, spec.image_size, spec.image_size, spec.channels])

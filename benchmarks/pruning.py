@@ -46,7 +46,7 @@ def openvino_fp32(model: Classifier, images_BCHW: np.ndarray) -> Callable[[], ob
     example = torch.zeros((2, *images_BCHW.shape[1:]))
     graph = openvino.convert_model(model, example_input=example, input=[-1, *images_BCHW.shape[1:]])
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(graph, "CPU", options)
+    compiled = engines.openvino_core().compile_model(graph, "CPU", options)
     return lambda: compiled([images_BCHW])
 
 

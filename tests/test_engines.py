@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from models import Classifier, create_model
 from onnx_export import export_to_onnx
 from preprocess import PreprocessSpec
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -118,3 +121,23 @@ def test_bf16_is_offered_only_where_the_processor_has_it(monkeypatch: pytest.Mon
     assert engines.precisions_here("openvino") == ("fp32", "int8")
     monkeypatch.setattr(engines, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     assert engines.precisions_here("openvino") == ("fp32", "bf16", "int8", "int8+bf16")
+
+
+def test_a_signal_is_handled_after_engines_have_gone(path: Path) -> None:
+    code = f"""
+import gc, os, signal
+from pathlib import Path
+import engines
+from preprocess import PreprocessSpec
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+spec = PreprocessSpec(image_size={SIZE})
+held = [engines.OpenVinoEngine(Path({str(path)!r}), spec, precision="fp32", threads=1) for _ in range(2)]
+while held:
+    held.pop(0)
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    # In a process of its own: with a Core for each engine it ended with a segmentation fault.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["handled"] * 2), done.stderr

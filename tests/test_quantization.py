@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import quantization
-from engines import import_openvino
+from engines import openvino_core
 from errors import ConfigError
 from models import create_model
 from onnx_export import export_to_onnx, save_onnx
@@ -81,7 +81,7 @@ def test_weights_a_tool_left_in_float_are_stored_in_a_quarter_of_the_room(
     # Eight bits of weights alone, activations untouched.
     assert 0 < error(target, source, films) < 0.01
     # OpenVINO once computed nonsense from int8 weights beside float activations.
-    compiled = import_openvino().Core().compile_model(str(target), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(str(target), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     np.testing.assert_allclose(compiled(np.concatenate(films))["logits"], logits(target, films), atol=1e-5)
 
 
