@@ -4,7 +4,7 @@ Value and interval      auroc, delong, auroc_ci, clustered_auroc, newcombe_inter
 Two curves              delong_test, delong_test_independent, clustered_auroc_test, bootstrap_auroc_test
 Curves and parts        roc_points, partial_auroc, average_precision
 Bootstrap               bootstrap_auroc, percentile_interval, patient_weights
-Several classes         multiclass_auroc, hand_till
+Several classes         multiclass_auroc, macro_auroc, hand_till
 """
 
 from __future__ import annotations
@@ -563,6 +563,47 @@ def multiclass_auroc(
     if average not in ("macro", "weighted"):
         raise DataError(f"average {average!r} is not one of macro, weighted, or micro with ovr")
     return float(np.average(values, weights=weights if average == "weighted" else None))
+
+
+def macro_auroc(
+    labels: ArrayLike, probabilities: ArrayLike, *, level: float = 0.95, groups: ArrayLike | None = None
+) -> Estimate:
+    """Mean one-vs-rest AUROC over classes (N, K) with an interval from summed influence values.
+
+    The influence of a film on one AUROC is its placement minus the area, over its class size: with one class this is
+    DeLong's variance, with `groups` Obuchowski's, up to factors n/(n − 1). NaN with a reason when a class is absent.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    y = as_labels(labels, n_classes=p.shape[1])
+    codes = as_groups(None if groups is None else np.asarray(groups), n=len(y))
+    counts = np.bincount(y, minlength=p.shape[1])
+    if (counts == 0).any() or p.shape[1] < 2:
+        return not_estimable(f"no films of class number {', '.join(map(str, np.flatnonzero(counts == 0)))}")
+    area, influence = macro_influence(y, p)
+    clusters = int(codes.max()) + 1
+    if clusters < 2:
+        return not_estimable("one patient only: no variance between patients", value=area)
+    se = float(np.sqrt(clusters / (clusters - 1) * (sum_by_group(influence, codes) ** 2).sum()))
+    method = "macro one-vs-rest, infinitesimal jackknife" + (", clustered by patient" if clusters < len(y) else "")
+    if se > 0:
+        return wald(area, se, level=level, method=method, low=0.0, high=1.0)
+    # Every class is ranked alike: the smallest one bounds what is known.
+    smallest = min(len(np.unique(codes[y == k])) for k in range(p.shape[1]))
+    low, high = newcombe_interval(area, n_pos=smallest, n_neg=max(1, clusters - smallest), level=level)
+    why = f"every class has the same AUROC of {area:g} without variance"
+    return Estimate(area, low, high, "Newcombe 2006 method 5 on the smallest class", 0.0, reason=why)
+
+
+def macro_influence(labels: IntArray, p: FloatArray) -> tuple[float, FloatArray]:
+    """Macro AUROC and each film's influence on it (N,)."""
+    areas, influence = zip(*(_influence((labels == k).astype(np.int64), p[:, k]) for k in range(p.shape[1])))
+    return float(np.mean(areas)), np.mean(influence, axis=0)
+
+
+def _influence(labels: IntArray, scores: FloatArray) -> tuple[float, FloatArray]:
+    placement = placements(labels, scores)
+    area = float(placement[labels == 1].mean())
+    return area, (placement - area) / np.where(labels == 1, labels.sum(), len(labels) - labels.sum())
 
 
 def _pair_auroc(labels: IntArray, scores: FloatArray, i: int, j: int) -> float:

@@ -1,7 +1,8 @@
 """What the reporting guidelines ask for, filled in as far as an evaluation knows it; the blanks are named.
 
 Item numbers of TRIPOD+AI (Collins 2024, BMJ 385:e078378), CLAIM 2024 (Tejani 2024, Radiol Artif Intell 6:e240300) and
-STARD-AI (Sounderajah 2025, Nat Med). The topics are in our own words: the guidelines themselves are to be read.
+STARD-AI (Sounderajah 2025, Nat Med). The topics are in our own words: the guidelines themselves are to be read. "–"
+claims no item: it may ask for the topic all the same.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _films(result: Mapping[str, Any]) -> list[Item]:
     shared = films["patients_in_several_splits"]
     return [
         Item(
-            "Flow of films and patients, exclusions", "20a", "35", "24", REPORTED,
+            "Flow of films and patients, exclusions", "20a, 21", "35", "24", REPORTED,
             f"{result['n']:,} films of {result['n_patients']:,} patients measured; {unreadable} unreadable left out; "
             "counts by partition under 'Films and patients'",
         ),
@@ -85,9 +86,9 @@ def _methods(result: Mapping[str, Any]) -> list[Item]:
             "Sample size", "10", "21", "22", PARTLY,
             f"{result['n']:,} films of {result['n_patients']:,} patients at hand; what was planned is to be stated",
         ),
-        Item("Agreement of annotators", "8", "18", "12", REPORTED if readers else BLANK, agreed),
+        Item("Agreement of annotators", "–", "18", "12", REPORTED if readers else BLANK, agreed),
         Item(
-            "Software, versions, seeds", "18f, 22", "23, 43", "–", REPORTED,
+            "Software, versions, seeds", "18f, 22", "23, 42, 43", "–", REPORTED,
             f"program {provenance['code_version']}, python {provenance['python']}, {libraries}; seed "
             f"{provenance['seed']}",
         ),
@@ -100,7 +101,10 @@ def rule_in_words(point: Mapping[str, Any]) -> str:
     target = point.get("target")
     aimed = f" of {target:g}" if target is not None and point["rule"] in ("sensitivity", "specificity") else ""
     where = "stated in advance" if point["rule"] == "fixed" else "chosen on validation"
-    return f"{point['threshold']:.4g} by rule {point['rule']}{aimed}, {where}"
+    moved = ""
+    if "adapted_from" in point:
+        moved = f", moved from {point['adapted_from']:.4g} to the prevalence estimated from the scores"
+    return f"{point['threshold']:.4g} by rule {point['rule']}{aimed}, {where}{moved}"
 
 
 def _results(result: Mapping[str, Any]) -> list[Item]:
@@ -121,7 +125,7 @@ def _results(result: Mapping[str, Any]) -> list[Item]:
             else result["calibration"].get("recalibration", {}).get("reason", "not done"),
         ),
         Item(
-            "Subgroups and fairness", "14, 23a", "36", "23, 35", REPORTED if columns else BLANK,
+            "Subgroups and fairness", "14, 23a", "–", "23, 35", REPORTED if columns else BLANK,
             f"by {', '.join(columns)}, with adjusted tests" if columns else "no age, sex, view or site in the data;",
         ),
         Item(

@@ -20,17 +20,7 @@ from errors import CheckpointError, first_line
 from runtime import atomic_write
 
 FORMAT_VERSION = 1
-REQUIRED = (
-    "model_state_dict",
-    "config",
-    "classes",
-    "preprocess",
-    "temperature",
-    "operating_point",
-    "provenance",
-    "seen_films",
-)
-KINDS: dict[str, type | tuple[type, ...]] = {
+REQUIRED: dict[str, type | tuple[type, ...]] = {
     "model_state_dict": dict,
     "config": dict,
     "classes": list,
@@ -50,7 +40,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
     Serialised in memory first: a full disk then meets one plain write, whose error names the reason.
     """
-    assert not set(REQUIRED) - set(content), f"checkpoint lacks {set(REQUIRED) - set(content)}"
+    assert not REQUIRED.keys() - content.keys(), f"checkpoint lacks {REQUIRED.keys() - content.keys()}"
     buffer = io.BytesIO()
     torch.save({**content, "format_version": FORMAT_VERSION}, buffer)
     try:
@@ -75,16 +65,15 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, A
     try:
         _require_whole(path)
         content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
+    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        reason = first_line(error).split(". ")[0]
+        raise CheckpointError(f"{path}: truncated or damaged checkpoint ({reason}); use an earlier one") from None
+    except Exception as error:  # of bytes that are no pickle the unpickler raises whatever it trips over
+        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported|GLOBAL|weights_only", str(error), re.I):
             raise CheckpointError(
                 f"{path}: refused: it holds objects other than tensors and plain values, which could run code"
             ) from None
         raise CheckpointError(f"{path}: not a checkpoint, or damaged; use another one") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path}: truncated or damaged checkpoint ({first_line(error)}); use an earlier one"
-        ) from None
     return _checked(path, content)
 
 
@@ -106,7 +95,7 @@ def _checked(path: Path, content: Any) -> dict[str, Any]:
         )
     if absent := [name for name in REQUIRED if name not in content]:
         raise CheckpointError(f"{path}: incomplete checkpoint: no {', '.join(absent)}")
-    for name, kind in KINDS.items():
+    for name, kind in REQUIRED.items():
         if not isinstance(content[name], kind):
             raise CheckpointError(f"{path}: damaged checkpoint: {name} is {type(content[name]).__name__}")
     return content

@@ -29,65 +29,69 @@ from estimates import FloatArray, two_sided_quantile
 from metrics import compare_predictions
 from page import p_value
 from prediction_table import Predictions, of_split, rank_threshold, read_predictions
-from runtime import log, write_json
+from runtime import require_writable, write_json
+
+Sides = tuple[Predictions, Predictions, Sequence[float], Config]
+"""The predictions of A and of B, from where on each calls a film positive, and the settings of the comparison."""
 
 
-def compare_tables(
+def compare(
     first: Path,
     second: Path,
     overrides: Sequence[Overrides] = (),
     *,
+    checkpoints: bool = False,
     output_dir: Path,
     thresholds: Sequence[float] | None = None,
     margin: float | None = None,
 ) -> dict[str, Any]:
-    """Compare two predictions CSVs of the same films; the content of comparison.json.
+    """Compare two predictions CSVs of the same films, or two checkpoints; the content of comparison.json.
 
-    `thresholds` of A and B (0.5 each without). `margin` asks besides whether one is not worse by more than that.
+    `thresholds` of A and B; without them 0.5, or each checkpoint's own. `margin` asks besides whether one is not worse
+    by more than that. The films of two checkpoints are those of the first one's split, overlaid by `overrides`.
     """
-    config = resolve(*overrides)
     if thresholds is not None and not all(map(math.isfinite, thresholds)):
         raise ConfigError(f"--thresholds {thresholds[0]:g} {thresholds[1]:g}: not numbers")
+    if margin is not None and not 0 < margin < 1:
+        raise ConfigError(f"--margin {margin:g} is not between 0 and 1; give the loss of AUROC that would still do")
+    require_writable(output_dir)
+    read = _of_checkpoints if checkpoints else _of_tables
+    a, b, points, config = read(first, second, overrides, thresholds)
+    b = matched(a, b)
+    known = _patients(a, b)
+    result = _compared(a, b, points, known, config)
+    result = {"models": {"a": str(first), "b": str(second)}, "classes": list(a.classes)} | result
+    if margin is not None:
+        result["non_inferiority"] = non_inferiority(result["auc_roc"], margin=margin, level=config.evaluation.level)
+    _write(result, a, b, known, output_dir)
+    return result
+
+
+def _of_tables(first: Path, second: Path, overrides: Sequence[Overrides], thresholds: Sequence[float] | None) -> Sides:
+    config = resolve(*overrides)
     sides = [
         read_predictions(path, positive=config.data.positive_class, raw_scores=thresholds is not None)
         for path in (first, second)
     ]
-    chosen = [of_split(side, evaluate.split_of(side, overrides, config.evaluation.split)) for side in sides]
-    names = {"a": str(first), "b": str(second)}
-    return _compare(chosen[0], chosen[1], thresholds or (0.5, 0.5), names, config, output_dir, margin)
+    a, b = (of_split(side, evaluate.split_of(side, overrides, config.evaluation.split)) for side in sides)
+    return a, b, thresholds or (0.5, 0.5), config
 
 
-def compare_checkpoints(
-    first: Path,
-    second: Path,
-    overrides: Sequence[Overrides] = (),
-    *,
-    output_dir: Path,
-    thresholds: Sequence[float] | None = None,
-    margin: float | None = None,
-) -> dict[str, Any]:
-    """Compare two checkpoints on the same films, each at its own operating point unless `thresholds` are given.
-
-    The films and their split are those of the first checkpoint, overlaid by `overrides`.
-    """
+def _of_checkpoints(
+    first: Path, second: Path, overrides: Sequence[Overrides], thresholds: Sequence[float] | None
+) -> Sides:
+    for point in thresholds or ():
+        evaluate.check_threshold(point)
     stored, config = evaluate.configured(first, overrides, None)
     other, _ = evaluate.configured(second, overrides, None)
     manifest, _ = evaluate.evaluation_manifest(stored, config)
-    rows = manifest.split(config.evaluation.split)
-    if rows.empty:
-        raise DataError(f"split {config.evaluation.split!r} has no films in {manifest.root}; choose with --split")
+    rows = evaluate.rows_of(manifest, config.evaluation.split)
+    for name, predictor in (("A", stored), ("B", other)):
+        if predictor.provenance["manifest_digest"] != manifest.digest():
+            evaluate.refuse_seen(predictor, manifest, rows, run=f" by {name}")
     a, _ = evaluate.predict_rows(stored, manifest, rows, config)
     b, _ = evaluate.predict_rows(other, *_relabelled(manifest, rows, other.classes), config)
-    if stored.provenance["manifest_digest"] != other.provenance["manifest_digest"]:
-        log.warning(
-            "the two checkpoints were trained on different films or splits: make sure that neither saw the films "
-            "measured here"
-        )
-    names = {"a": str(first), "b": str(second)}
-    for point in thresholds or ():
-        evaluate.check_threshold(point)
-    points = thresholds or (stored.threshold, other.threshold)
-    return _compare(a, b, points, names, config, output_dir, margin)
+    return a, b, thresholds or (stored.threshold, other.threshold), config
 
 
 def _relabelled(manifest: Manifest, rows: pd.DataFrame, classes: Sequence[str]) -> tuple[Manifest, pd.DataFrame]:
@@ -149,19 +153,10 @@ def _patients(a: Predictions, b: Predictions) -> Predictions:
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def _compare(
-    a: Predictions,
-    b: Predictions,
-    thresholds: Sequence[float],
-    names: Mapping[str, str],
-    config: Config,
-    output_dir: Path,
-    margin: float | None,
+def _compared(
+    a: Predictions, b: Predictions, thresholds: Sequence[float], known: Predictions, config: Config
 ) -> dict[str, Any]:
-    if margin is not None and not 0 < margin < 1:
-        raise ConfigError(f"--margin {margin:g} is not between 0 and 1; give the loss of AUROC that would still do")
-    b = matched(a, b)
-    settings, known = config.evaluation, _patients(a, b)
+    settings = config.evaluation
     result = compare_predictions(
         _labels(a),
         _probabilities(a),
@@ -178,12 +173,7 @@ def _compare(
     if a.raw is not None or b.raw is not None:
         for name in PROBABILITY_METRICS:
             result["metrics"][name] = dict.fromkeys(result["metrics"][name], math.nan) | {"reason": NOT_PROBABILITIES}
-    result = {"models": dict(names), "classes": list(a.classes), "positive_class": a.positive_class} | result
-    result["patients_known"] = known.patients_known
-    if margin is not None:
-        result["non_inferiority"] = non_inferiority(result["auc_roc"], margin=margin, level=settings.level)
-    _write(result, a, b, known, output_dir)
-    return result
+    return {"positive_class": a.positive_class} | result | {"patients_known": known.patients_known}
 
 
 def _labels(films: Predictions) -> Any:
@@ -215,10 +205,6 @@ def non_inferiority(auc: Mapping[str, Any], *, margin: float, level: float) -> d
 
 
 def _write(result: dict[str, Any], a: Predictions, b: Predictions, known: Predictions, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
     write_json(folder / "comparison.json", result)
     if a.positive_class is not None:
         plots.roc_curve(

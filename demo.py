@@ -2,8 +2,8 @@
 
     python main.py demo --output-dir demo_output
 
-Writes films/, run/ (the run folder), evaluation/ and predictions/ under the output folder, each made by the same
-functions as the published verbs.
+Writes synthetic_films/, run/ (the run folder), evaluation/ and predictions/ under the output folder, each made by the
+same functions as the published verbs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import predict
 import synthetic
 import train
 from config import Overrides, resolve
-from runtime import log
+from runtime import log, require_writable
 
 SETTINGS: Overrides = {
     "data.image_size": 96,
@@ -38,12 +38,14 @@ SETTINGS: Overrides = {
 def demo(output_dir: Path, *, overrides: Sequence[Overrides] = ()) -> dict[str, Any]:
     """Run the tour; what was made and how well the model does on held-out patients."""
     started = time.perf_counter()
-    films = output_dir / "films"
+    # A name that nobody gives a folder of films worth keeping: what stands there goes.
+    films = output_dir / "synthetic_films"
+    paths = {"data.data_dir": str(films), "data.cache_dir": str(output_dir / "cache")}
+    config = resolve(SETTINGS, *overrides, paths, {"runtime.output_dir": str(output_dir / "run")})
+    require_writable(output_dir)
     shutil.rmtree(films, ignore_errors=True)
     count = synthetic.write_dataset(films, patients_per_class={"train": 150, "test": 40}, size=96)
     log.info("%d synthetic films in %s", count, films)
-    paths = {"data.data_dir": str(films), "data.cache_dir": str(output_dir / "cache")}
-    config = resolve(SETTINGS, *overrides, paths, {"runtime.output_dir": str(output_dir / "run")})
     result = train.train(config)
     best = Path(result.best_model)
     machine = {"runtime.device": config.runtime.device, "runtime.precision": config.runtime.precision}

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from csv_table import read_text_table
+from csv_table import read_films, refuse_repeated, refuse_rows
 from data_preprocessing import NEGATIVE_NAMES, positive_class
 from errors import DataError, examples, nearest
 from estimates import ROW_SUM_TOLERANCE, FloatArray, IntArray
@@ -116,8 +116,9 @@ def read_predictions(
     match) fixes the order of classes, `raw_scores` lets a `score` column hold any number. DataError with file and line
     for whatever cannot be used.
     """
-    table = _read_csv(Path(path))
-    where = str(path)
+    where = Path(path)
+    table = read_films(where, what="predictions file", header="predictions need path,label and probabilities")
+    refuse_repeated(table["path"], where=where)
     columns = [name for name in table.columns if name.startswith(PREFIX)]
     single = next((name for name in SINGLE if name in table.columns), None)
     if len(columns) >= 2:
@@ -132,53 +133,26 @@ def read_predictions(
     return _of_positive(table, single, where=where, positive=positive, classes=classes, raw_scores=raw_scores)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    table = read_text_table(path, what="predictions file")
-    for column in ("path", "label"):
-        if column not in table.columns:
-            raise DataError(
-                f"{path}: no column {column!r}{nearest(column, table.columns)}; predictions need path,label and "
-                f"probabilities (found: {', '.join(table.columns)})"
-            )
-    if table.empty:
-        raise DataError(f"{path}: the table has no rows")
-    for column in ("path", "label"):
-        _refuse(table[column].str.strip() == "", f"empty {column}", "fill it in or delete the row", where=str(path))
-    repeated = table["path"].duplicated()
-    if repeated.any():
-        row = int(np.flatnonzero(repeated)[0])
-        raise DataError(f"{path}:{row + 2}: {table['path'][row]} is listed twice; keep one row a film")
-    return table
-
-
-def _refuse(bad: pd.Series | npt.NDArray[np.bool_], found: str, remedy: str, *, where: str) -> None:
-    """DataError naming the first line of `bad` (N,), if there is one."""
-    rows = np.flatnonzero(bad)
-    if rows.size:
-        count = f" ({rows.size} such rows)" if rows.size > 1 else ""
-        raise DataError(f"{where}:{rows[0] + 2}: {found}{count}; {remedy}")
-
-
-def _numbers(column: pd.Series, *, where: str) -> FloatArray:
+def _numbers(column: pd.Series, *, where: Path) -> FloatArray:
     values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         remedy = "give a number, or leave the film out and say so"
-        _refuse(~np.isfinite(values), f"{column.name} is {column.iloc[bad[0]]!r}", remedy, where=where)
+        refuse_rows(~np.isfinite(values), f"{column.name} is {column.iloc[bad[0]]!r}", remedy, where=where)
     return values
 
 
-def _probabilities(column: pd.Series, *, where: str) -> FloatArray:
+def _probabilities(column: pd.Series, *, where: Path) -> FloatArray:
     values = _numbers(column, where=where)
     outside = (values < 0) | (values > 1)
     if outside.any():
         found = f"{column.name} is {values[outside][0]:g}, outside [0, 1]"
-        _refuse(outside, found, "apply sigmoid or softmax to logits first", where=where)
+        refuse_rows(outside, found, "apply sigmoid or softmax to logits first", where=where)
     return values
 
 
 def _of_classes(
-    table: pd.DataFrame, columns: list[str], *, where: str, positive: str | None, classes: Sequence[str] | None
+    table: pd.DataFrame, columns: list[str], *, where: Path, positive: str | None, classes: Sequence[str] | None
 ) -> Predictions:
     names = [name.removeprefix(PREFIX) for name in columns]
     if classes is not None and sorted(classes) != sorted(names):
@@ -188,7 +162,7 @@ def _of_classes(
     off = np.abs(p.sum(axis=1) - 1) > ROW_SUM_TOLERANCE
     if off.any():
         found = f"the probabilities sum to {p[off][0].sum():.4g}, not 1"
-        _refuse(off, found, "give one column per class, after softmax", where=where)
+        refuse_rows(off, found, "give one column per class, after softmax", where=where)
     return _predictions(table, p, names, positive_class(names, positive), where=where, raw=None)
 
 
@@ -196,7 +170,7 @@ def _of_positive(
     table: pd.DataFrame,
     column: str,
     *,
-    where: str,
+    where: Path,
     positive: str | None,
     classes: Sequence[str] | None,
     raw_scores: bool,
@@ -215,7 +189,7 @@ def _of_positive(
     return _predictions(table, both, names, chosen, where=where, raw=raw)
 
 
-def _two_classes(labels: pd.Series, positive: str | None, *, where: str) -> list[str]:
+def _two_classes(labels: pd.Series, positive: str | None, *, where: Path) -> list[str]:
     """The two classes of a table with one score column, negative first."""
     found = sorted(labels.unique())
     if len(found) > 2:
@@ -237,7 +211,7 @@ def _predictions(
     classes: list[str],
     positive: str | None,
     *,
-    where: str,
+    where: Path,
     raw: FloatArray | None,
 ) -> Predictions:
     codes = table["label"].map({name: code for code, name in enumerate(classes)})
@@ -245,7 +219,7 @@ def _predictions(
     if strangers.any():
         label = table["label"][int(np.flatnonzero(strangers)[0])]
         hint = nearest(label, classes)
-        _refuse(strangers, f"label {label!r} has no probability column{hint}", f"there are {classes}", where=where)
+        refuse_rows(strangers, f"label {label!r} has no probability column{hint}", f"there are {classes}", where=where)
     patients, known = _patients(table)
     dropped = {"path", "label", "patient_id", "split", "prediction", *SINGLE}
     further = [name for name in table.columns if name not in dropped and not name.startswith(PREFIX)]
@@ -253,7 +227,7 @@ def _predictions(
         {
             "path": table["path"],
             "patient_id": patients,
-            "split": table["split"].str.strip() if "split" in table.columns else "",
+            "split": table["split"] if "split" in table.columns else "",
             "label": table["label"],
             **{name: table[name] for name in further},
         }
@@ -264,7 +238,7 @@ def _predictions(
         probabilities,
         tuple(classes),
         positive,
-        where,
+        str(where),
         raw,
         patients_known=known,
     )
@@ -274,7 +248,7 @@ def _patients(table: pd.DataFrame) -> tuple[pd.Series, bool]:
     """The patient of each film; a film that names none is its own."""
     if "patient_id" not in table.columns:
         return table["path"], False
-    given = table["patient_id"].str.strip()
+    given = table["patient_id"]
     return given.where(given != "", table["path"]), bool((given != "").any())
 
 
@@ -299,10 +273,15 @@ def rank_threshold(films: Predictions, threshold: float) -> float:
 
 
 def of_split(films: Predictions, split: str) -> Predictions:
-    """The films of one split; all of them where the table names no split. DataError naming those there are."""
+    """The films of one split; a table that names no split is all test. DataError naming those there are."""
     named = films.table["split"]
-    if split == "all" or (named == "").all():
+    if split == "all" or (split == "test" and (named == "").all()):
         return films
+    if (named == "").all():
+        raise DataError(
+            f"{films.source}: names no split, so it has no {split!r} films; drop --split to take all {len(films)}, or "
+            "add a column split"
+        )
     chosen = (named == split).to_numpy()
     if not chosen.any():
         found = ", ".join(f"{name or '(blank)'} ({count})" for name, count in named.value_counts().items())

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,9 +67,16 @@ def test_a_pickle_bomb_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken zip"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"this is text\n", b"t", b"PK\x03\x04 broken zip"])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="x.pth: (not a checkpoint, or damaged|truncated or damaged)"):
+        checkpoint.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_bytes_are_refused_whatever_the_unpickler_makes_of_them(tmp_path: Path, seed: int) -> None:
+    (tmp_path / "x.pth").write_bytes(np.random.default_rng(seed).bytes(200))
     with pytest.raises(CheckpointError, match="x.pth: "):
         checkpoint.load(tmp_path / "x.pth")
 

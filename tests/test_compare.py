@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 import auroc
+import checkpoint
 import compare
 import main
+from data_preprocessing import film_hashes
 from errors import ConfigError, DataError
 from tests.test_evaluate import FAST, made_up, write
 
@@ -30,7 +33,7 @@ def blurred(table: pd.DataFrame) -> pd.DataFrame:
 
 def compared(tmp_path: Path, a: pd.DataFrame, b: pd.DataFrame, *layers: dict[str, Any], **options: Any) -> Any:
     paths = write(a, tmp_path / "a.csv"), write(b, tmp_path / "b.csv")
-    return compare.compare_tables(*paths, [FAST, *layers], output_dir=tmp_path / "out", **options)
+    return compare.compare(*paths, [FAST, *layers], output_dir=tmp_path / "out", **options)
 
 
 def test_the_difference_is_a_less_b_by_delong_on_films_matched_by_path(tmp_path: Path) -> None:
@@ -143,3 +146,19 @@ def test_two_checkpoints_are_compared_on_the_films_of_the_first(
     assert main.main(["compare", "--checkpoints", *pair, "--output-dir", str(tmp_path), "--json", "--quiet"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["n"] == 40 and printed["models"]["b"].endswith("checkpoint_epoch_1.pth")
+
+
+def test_films_that_one_of_the_two_was_trained_on_are_refused(films: Path, trained: Path, tmp_path: Path) -> None:
+    content = checkpoint.load(trained / "best_model.pth")
+    content["provenance"]["manifest_digest"] = "of another split"
+    content["seen_films"] = torch.from_numpy(film_hashes(sorted(map(str, (films / "test").rglob("*.jpeg")))[:3]))
+    assert len(content["seen_films"]) == 3
+    checkpoint.save(tmp_path / "other.pth", content)
+    with pytest.raises(DataError, match="3 of the 40 films to measure were trained or validated on by B"):
+        compare.compare(trained / "best_model.pth", tmp_path / "other.pth", checkpoints=True, output_dir=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--output-dir .*file/out: cannot be written"):
+        compare.compare(Path("a.csv"), Path("b.csv"), output_dir=tmp_path / "file" / "out")

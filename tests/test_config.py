@@ -165,16 +165,17 @@ def test_progressive_resizing_from_above_the_full_size_is_refused() -> None:
         config.resolve({"training.progressive_resizing": 300})
 
 
-def test_paths_that_are_not_here_are_taken_from_where_the_run_was_started(
+def test_paths_that_are_not_here_are_taken_from_above_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, here = tmp_path / "there", tmp_path / "here"
-    (there / "films").mkdir(parents=True)
+    project, here = tmp_path / "project", tmp_path / "here"
+    (project / "films").mkdir(parents=True)
     here.mkdir()
     monkeypatch.chdir(here)
     settings = config.resolve({"data.data_dir": "films", "data.exclude": "absent.csv"})
-    assert config.located(settings, str(there)).data.data_dir == str(there / "films")
-    assert config.located(settings, str(there)).data.exclude == "absent.csv"
-    assert config.located(settings, None) == settings
+    for source in (project / "best_model.pth", project / "runs" / "third" / "best_model.pth", project / "bundle"):
+        found = config.located(settings, source).data
+        assert found.data_dir == str(project / "films") and found.exclude == "absent.csv"
+    assert config.located(settings, tmp_path / "best_model.pth") == settings
     (here / "films").mkdir()
-    assert config.located(settings, str(there)) == settings
+    assert config.located(settings, project / "best_model.pth") == settings
