@@ -6,6 +6,7 @@
 Films and patients      flow, characteristics
 Performance             metrics with intervals, operating points, at a stated prevalence
 Calibration             calibration, recalibration
+Shift and abstention    scores against validation's, prevalence without labels, accuracy against coverage
 Use and fairness        decision curve, subgroups, agreement with readers, worst errors
 
 Thresholds, temperatures and isotonic maps are chosen on validation films and applied to the films measured; without
@@ -50,6 +51,7 @@ from estimates import Estimate, FloatArray, IntArray, UndefinedMetricWarning, no
 from metrics import choose_threshold, evaluate_predictions
 from prediction_table import READER_PREFIX, Predictions, rank_threshold
 from proportions import clustered_proportion, predictive_values, proportion
+from score_shift import decision_margin, estimate_prevalence, moved_threshold, score_shift, selective
 
 SUBGROUP_COLUMNS = ("age", "sex", "view", "site")
 MAX_GROUPS = 50
@@ -61,6 +63,8 @@ MIN_RESAMPLES = 100
 """Enough for the standard deviation of an interval to 7 %."""
 CROSSED_FILMS = 2_000_000
 """Films × pairs of columns at most: beyond, intersections would take longer than all the rest."""
+MOST_POINTS = 200
+"""Of a curve that is drawn."""
 NOT_PROBABILITIES = "the scores are not probabilities"
 PROBABILITY_METRICS = ("brier", "log_loss", "ece", "calibration_slope", "calibration_intercept")
 CURVE_THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)
@@ -81,6 +85,9 @@ def assess(
     where there are none, `no_validation` says why. Three or more classes have no operating point, subgroups, decision
     curve or isotonic map.
     """
+    moved = shift(films, validation, operating_point, settings, no_validation=no_validation)
+    if settings.adapt_prevalence:
+        operating_point = _adapted(operating_point, moved)
     report = _metrics(films, operating_point, settings, seed)
     report["operating_point"] = dict(operating_point)
     report["films"] = {"by_split": flow(films), "characteristics": characteristics(films)}
@@ -89,6 +96,8 @@ def assess(
     )
     report["at_prevalence"] = at_prevalence(films, validation, operating_point, settings)
     report["calibration"] = calibration(films, validation, level=settings.level, no_validation=no_validation)
+    report["shift"] = moved
+    report["abstention"] = abstention(films, operating_point, settings)
     report["decision_curve"] = net_benefit(films, settings, seed)
     report["subgroups"] = subgroups(films, operating_point, settings, seed)
     report["agreement"] = reader_agreement(films, operating_point, settings, seed)
@@ -314,6 +323,77 @@ def at_prevalence(
         moved = adjust_prior(np.array([_threshold(operating_point)]), prior_from=prior, prior_to=settings.prevalence)
         report["threshold_corrected"] = float(moved[0])
     return report
+
+
+# --- shift and abstention --------------------------------------------------------------------------------------
+
+
+def shift(
+    films: Predictions,
+    validation: Predictions | None,
+    operating_point: Mapping[str, Any],
+    settings: EvaluationConfig,
+    *,
+    no_validation: str = "",
+) -> dict[str, Any]:
+    """Scores of the films against those of validation, and what they say of prevalence without a look at the labels.
+
+    Also the threshold moved to the prevalence estimated, and what it gives. "reason" where there is nothing to say.
+    """
+    reason = no_validation if validation is None else ""
+    if films.positive_class is None or films.raw is not None:
+        reason = NOT_PROBABILITIES if films.raw is not None else "several classes"
+    elif validation is not None and (absent := absent_class(validation.outcome)):
+        reason = f"validation has {absent}"
+    if validation is None or reason:
+        return {"reason": reason}
+    prior, before = float(validation.outcome.mean()), _threshold(operating_point)
+    prevalence = estimate_prevalence(films.scores, prior=prior, groups=films.patients, level=settings.level)
+    found = score_shift(films.scores, validation.outcome, validation.scores, prevalence=prevalence.value)
+    threshold = moved_threshold(before, prior_from=prior, prior_to=prevalence.value)
+    measure = partial(rates_at, films, level=settings.level, method=settings.proportion_interval)
+    return {
+        "validation_prevalence": prior,
+        "prevalence": prevalence.as_report(),
+        "true_prevalence": float(films.outcome.mean()),
+        **{name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(found).items()},
+        "threshold": before,
+        "threshold_at_prevalence": threshold,
+        "at_threshold": measure(before),
+        "at_threshold_at_prevalence": measure(threshold),
+    }
+
+
+def _adapted(operating_point: Mapping[str, Any], moved: Mapping[str, Any]) -> dict[str, Any]:
+    """The operating point at the prevalence that the scores speak of."""
+    if "reason" in moved:
+        raise ConfigError(f"evaluation.adapt_prevalence: no prevalence can be estimated here: {moved['reason']}")
+    return {
+        **operating_point,
+        "threshold": moved["threshold_at_prevalence"],
+        "adapted_from": moved["threshold"],
+        "adapted_to_prevalence": moved["prevalence"]["value"],
+    }
+
+
+def abstention(films: Predictions, operating_point: Mapping[str, Any], settings: EvaluationConfig) -> dict[str, Any]:
+    """Accuracy when the least sure films are left to a reader; sure is far from the operating point."""
+    if films.positive_class is None:
+        certainty, of = films.probabilities.max(axis=1), "the probability of the class called"
+    elif films.raw is None:
+        certainty, of = decision_margin(films.scores, _threshold(operating_point)), "the way from the operating point"
+    else:
+        certainty, of = np.abs(films.scores - _threshold(operating_point)), "the distance from the threshold"
+    right = films.called(_threshold(operating_point)) == films.labels
+    found = selective(right.astype(np.int64), certainty, films.patients, level=settings.level)
+    shown = np.unique(np.linspace(0, len(found.coverage) - 1, MOST_POINTS).astype(int))
+    return {
+        "certainty": of,
+        "area": found.area,
+        "rows": list(found.rows),
+        "coverage": found.coverage[shown].tolist(),
+        "accuracy": found.accuracy[shown].tolist(),
+    }
 
 
 def prior_of(films: Predictions, validation: Predictions | None) -> tuple[float, str]:

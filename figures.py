@@ -32,6 +32,8 @@ FIGURES = (
     "precision_recall_curve",
     "score_histogram",
     "reliability_diagram",
+    "score_shift",
+    "coverage",
     "decision_curve",
     *(f"subgroup_{name.lower()}" for name in FOREST_METRICS.values()),
 )
@@ -44,7 +46,8 @@ def evaluation_figures(
 ) -> dict[str, Draw]:
     """Name → a function that draws it to a path or buffer; figures the task does not have are left out."""
     figures: dict[str, Draw] = {
-        "confusion_matrix": lambda target: plots.confusion_matrix(result["confusion_matrix"], films.classes, target)
+        "confusion_matrix": lambda target: plots.confusion_matrix(result["confusion_matrix"], films.classes, target),
+        "coverage": partial(plots.accuracy_against_coverage, result["abstention"]),
     }
     if films.positive_class is None:
         outcome, p = top_label(films.labels, films.probabilities)
@@ -52,6 +55,8 @@ def evaluation_figures(
             "reliability_diagram": lambda target: plots.reliability_diagram(outcome, p, target, level=result["level"])
         }
     figures |= _ranking_figures(films, result)
+    if "observed" in result["shift"]:
+        figures["score_shift"] = partial(plots.score_shift, result["shift"])
     if films.raw is None:
         figures["reliability_diagram"] = _reliability(films, validation, result)
         if "net_benefit" in result["decision_curve"]:

@@ -79,7 +79,7 @@ def report(folder: Path) -> dict[str, Any]:
         (lambda t: t.assign(path=["x"] * len(t)), r"p.csv:3: x is listed twice"),
         (lambda t: t.assign(label=["", *t["label"][1:]]), r"p.csv:2: empty label"),
         (lambda t: t.assign(label=[*t["label"][:-1], "TB"]), r"p.csv:201: label 'TB' has no probability column"),
-        (lambda t: t.head(0), "the table has no rows"),
+        (lambda t: t.head(0), "p.csv: the predictions file has no rows"),
         (
             lambda t: t.assign(probability_NORMAL=[1.2, *t["probability_NORMAL"][1:]]),
             r"p.csv:2: probability_NORMAL is 1.2, outside \[0, 1\]; apply sigmoid",
@@ -244,6 +244,15 @@ def test_a_split_the_table_does_not_have_names_those_it_has(tmp_path: Path) -> N
         measured(tmp_path, made_up().assign(split="test"), {"evaluation.split": "train"})
 
 
+def test_a_split_cannot_be_chosen_from_a_table_that_names_none(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match="predictions.csv: names no split, so it has no 'val' films; drop --split to take all 200"
+    ):
+        measured(tmp_path, made_up(), {"evaluation.split": "val"})
+    for split in ("test", "all"):
+        assert measured(tmp_path, made_up(), {"evaluation.split": split})["n"] == 200
+
+
 def test_a_table_of_one_other_split_is_measured_whole(tmp_path: Path) -> None:
     assert measured(tmp_path, made_up().assign(split="external"))["split"] == "external"
 
@@ -404,6 +413,58 @@ def test_films_of_one_class_give_nan_with_reasons_and_a_report(tmp_path: Path) -
     assert stored["metrics"]["auc_roc"]["value"] is None
     assert "no films of class NORMAL" in stored["metrics"]["auc_roc"]["reason"]
     assert np.isnan(report["metrics"]["specificity"]["value"])
+
+
+# --- shift and abstention ---
+
+
+def test_the_prevalence_is_estimated_from_the_scores_alone(report: dict[str, Any]) -> None:
+    found = report["shift"]
+    truth = (made_up()["label"] == "PNEUMONIA").mean()
+    assert found["true_prevalence"] == pytest.approx(truth)
+    assert found["prevalence"]["ci_low"] < found["prevalence"]["value"] < found["prevalence"]["ci_high"]
+    assert found["threshold"] == report["operating_point"]["threshold"] == 0.5
+    assert found["at_threshold"]["sensitivity"]["value"] == report["metrics"]["sensitivity"]["value"]
+
+
+def test_the_operating_point_moves_to_the_prevalence_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    validation = write(made_up(300, seed=1), tmp_path / "v.csv")
+    table = made_up(600, seed=2)
+    rare = pd.concat([table[table["label"] == "NORMAL"], table[table["label"] == "PNEUMONIA"][:40]])
+    plain, moved = (
+        measured(tmp_path, rare, {"evaluation.adapt_prevalence": on}, validation_predictions=validation)
+        for on in (False, True)
+    )
+    assert moved["operating_point"]["threshold"] == plain["shift"]["threshold_at_prevalence"] > 0.5
+    assert moved["operating_point"]["adapted_from"] == 0.5
+    for name in ("sensitivity", "specificity"):
+        expected = plain["shift"]["at_threshold_at_prevalence"][name]["value"]
+        assert moved["metrics"][name]["value"] == pytest.approx(expected)
+    assert moved["metrics"]["specificity"]["value"] > plain["metrics"]["specificity"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"), [(False, "no validation films were given"), (True, "are not probabilities")]
+)
+def test_without_scores_of_validation_nothing_is_said_and_nothing_moved(tmp_path: Path, raw: bool, reason: str) -> None:
+    table = made_up()
+    if raw:
+        table["score"] = 10 * table.pop("probability_PNEUMONIA")
+        del table["probability_NORMAL"]
+    layers = {"evaluation.threshold": 5.0 if raw else 0.5}
+    assert reason in measured(tmp_path, table, layers)["shift"]["reason"]
+    with pytest.raises(ConfigError, match=f"adapt_prevalence: no prevalence can be estimated here: .*{reason}"):
+        measured(tmp_path, table, layers, {"evaluation.adapt_prevalence": True})
+
+
+def test_the_surest_films_are_decided_first(report: dict[str, Any]) -> None:
+    found = report["abstention"]
+    assert found["rows"][0]["coverage"] == 1.0
+    assert found["rows"][0]["accuracy"]["value"] == pytest.approx(report["metrics"]["accuracy"]["value"])
+    assert found["rows"][-1]["accuracy"]["value"] > found["rows"][0]["accuracy"]["value"]
+    assert len(found["coverage"]) == len(found["accuracy"]) <= 200 and found["coverage"][-1] == 1.0
 
 
 # --- the door ---
