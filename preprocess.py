@@ -25,9 +25,13 @@ from errors import CheckpointError, DataError, first_line
 IMAGE_SUFFIXES = dicom.SUFFIXES | {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 MAX_PIXELS = dicom.MAX_PIXELS
 """A film of more pixels is refused before it is decoded."""
+NO_FILM = "no-film-"
+"""Start of the file name that stands for the film of a row with a note only; there is no such file."""
 
 FORMATS = ("JPEG", "JPEG2000", "PNG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM")
 """What Pillow may take a file for. Left to itself it would also start Ghostscript on a file that says it is EPS."""
+
+Image.init()  # Pillow loads its readers at the first file that needs them; threads doing so at once meet half of them
 
 Pixels = npt.NDArray[Any]
 
@@ -68,6 +72,11 @@ def spec_from_dict(values: Mapping[str, Any]) -> PreprocessSpec:
     return PreprocessSpec(**plain)
 
 
+def has_film(path: str) -> bool:
+    """Whether a row's path is that of a film; else it stands for the film that the row lacks."""
+    return not Path(path).name.startswith(NO_FILM)
+
+
 def is_film(path: Path) -> bool:
     """Whether a file is taken for a film when a folder is searched: by its suffix, or as DICOM that has none."""
     suffix = path.suffix.lower()
@@ -105,12 +114,15 @@ def decode(source: str | Path | bytes, spec: PreprocessSpec | None = None, *, ma
             if image.width * image.height > max_pixels:
                 raise DataError(f"{name}: {image.width}x{image.height} pixels is more than {max_pixels:,}; shrink it")
             image.load()
-            return _to_array(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_array(image)
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image ({_looks_like(data)}); remove it or convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: more than {max_pixels:,} pixels; shrink it") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a reader may raise anything over damaged bytes
         raise DataError(
             f"{name}: damaged or truncated image ({first_line(error)}); fetch it again or remove it"
         ) from None
@@ -136,12 +148,12 @@ def _to_array(image: Image.Image) -> Pixels:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _deep_grey(np.asarray(image))
     if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
+        return np.asarray(image if image.mode == "L" else image.convert("L"))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return np.asarray(Image.alpha_composite(black, rgba).convert("RGB"))
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _deep_grey(pixels: Pixels) -> Pixels:

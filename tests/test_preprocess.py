@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import dicom
 import preprocess
@@ -127,6 +130,23 @@ def test_damaged_bytes_give_an_image_or_a_data_error(seed: int) -> None:
         assert "\n" not in str(error)
     else:
         assert apply(PreprocessSpec(image_size=32), pixels).shape == (32, 32, 1)
+
+
+def test_an_error_that_a_reader_does_not_declare_is_a_data_error() -> None:
+    """An EXIF width that is text: Pillow turns the film, packs its tags again and fails with a struct.error."""
+    tags = struct.pack("<HHI4s", 0x0100, 2, 3, b"ab") + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    data = encoded(Image.fromarray(FILM), "JPEG", exif=exif)
+    with pytest.raises(struct.error), Image.open(io.BytesIO(data)) as image:
+        ImageOps.exif_transpose(image)
+    with pytest.raises(DataError, match="damaged or truncated image .required argument"):
+        decode(data)
+
+
+def test_every_reader_is_loaded_before_the_first_film() -> None:
+    """Loaded on demand, threads that decode at the same time met a list of readers half filled."""
+    program = "import preprocess; from PIL import Image; assert set(preprocess.FORMATS) <= set(Image.OPEN), Image.OPEN"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(preprocess.__file__).parent)
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
