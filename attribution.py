@@ -77,7 +77,8 @@ class Explained:
     def model(self) -> Classifier:
         """The network, in eval mode."""
         engine = self.predictor.engine
-        assert isinstance(engine, TorchEngine)
+        if not isinstance(engine, TorchEngine):
+            raise ConfigError(f"{self.checkpoint}: reads notes beside films; use main.py explain CASES.csv")
         return engine.model
 
     @property

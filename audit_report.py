@@ -18,6 +18,7 @@ from errors import DataError
 from film_facts import eight_bit_grey
 from page import card, facts, number, p_value, page, percent, section, span, table, text, warning
 from preprocess import decode
+from shortcuts import WORDS
 
 SHOWN_GROUPS = 6
 """Groups of films shown of a finding."""
@@ -184,7 +185,7 @@ def _words(words: Sequence[Mapping[str, Any]]) -> str:
 
 def _row(item: Mapping[str, Any]) -> list[str]:
     return [
-        text(item["nuisance"]),
+        text(WORDS.get(item["nuisance"], item["nuisance"])),
         text(f"{item['positive_class']}: {HOW.get(item['how'], item['how'])}"),
         number(item["auroc"]["value"]),
         span(item["auroc"]),
@@ -206,7 +207,7 @@ def _shortcuts(report: Mapping[str, Any]) -> str:
         "network may learn in place of the disease. Intervals are clustered by patient, p-values adjusted (Holm).</p>"
     )
     head = ["Nuisance", "Tells", "AUROC", "95 % interval", "Adjusted p", ""]
-    advice = facts([(item["nuisance"], text(item["remedy"])) for item in flagged.values()]) if flagged else ""
+    advice = facts([(WORDS.get(name, name), text(item["remedy"])) for name, item in flagged.items()]) if flagged else ""
     shares = "".join(_shares(item) for item in tried if item["nuisance"] in flagged and item["shares"])
     return section("Shortcuts", words, table(head, rows, numbers=[2, 3, 4]), advice, shares)
 

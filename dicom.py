@@ -288,6 +288,8 @@ def _refuse_what_is_no_film(film: _File, max_pixels: int) -> None:
     colour = film.samples == 3 and film.photometric in ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
     if not (monochrome or colour):
         raise DataError(f"{name}: neither monochrome nor RGB, YBR or palette colour; convert it to one of them")
+    if film.photometric == "PALETTE COLOR" and not all(f"{colour}Data" in header for colour in PALETTE):
+        raise DataError(f"{name}: palette colour without plain tables (segmented ones are not read); convert it to RGB")
 
 
 def _refuse_other_parts(film: _File, wanted: str) -> None:

@@ -14,17 +14,16 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 Uint8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
-View = tuple[FloatArray, FloatArray]
-"""Cosine transforms (COARSE, FREQUENCIES) down and across a film."""
 
 SIDE = 64
 """Of a thumbnail, in pixels: fine enough that ribs of two films of one patient disagree, 4 KB a film."""
@@ -61,7 +60,7 @@ the fine structure agrees to 0.93 or less, and when to 0.95 or more. Copies leav
 cropped and alignment is not perfect; different films of one patient leave 0.14, drawn films that are alike 0.03."""
 STRETCH, TURN = 0.06, 0.02
 """Most that a copy may be stretched, and its rows and columns leaned; 2 % cropped at each side stretch it by 4 %."""
-CHUNK = 4096
+CHUNK = 2048
 """Films worked on at a time."""
 POPCOUNT = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
 
@@ -82,7 +81,8 @@ def near_pairs(thumbnails_NHW: Uint8Array, *, workers: int | None = None) -> lis
     Finds copies that were re-encoded, resized, brightened or darkened, or lost up to 2 % at any side. Films without
     structure (blank) belong to no pair. Deterministic.
     """
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    # One thread of the matrix library for each of ours: its own would wait for a core and take one while they do.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         candidates = candidate_pairs(thumbnails_NHW, pool)
         scores = pool.map(lambda pair: same_picture(thumbnails_NHW[pair[0]], thumbnails_NHW[pair[1]]), candidates)
         return [Pair(int(i), int(j), score) for (i, j), score in zip(candidates, scores) if score >= SAME]
@@ -91,35 +91,44 @@ def near_pairs(thumbnails_NHW: Uint8Array, *, workers: int | None = None) -> lis
 # --- candidates ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Points:
+class Points(NamedTuple):
     """Films as points of the whitened space, with the signs of their coordinates packed."""
 
     place: FloatArray
     """(N, components) float32."""
     bits: npt.NDArray[np.uint64]
     """(N,)"""
-
-    def keys(self, chosen: IntArray) -> IntArray:
-        """(N,): the chosen bits as one number below 2^len(chosen)."""
-        return (self.place[:, chosen] > 0) @ (1 << np.arange(len(chosen), dtype=np.int64))
+    keys: IntArray
+    """(N, TABLES): of each table some of the bits as one number."""
 
 
 @dataclass(frozen=True)
-class Table:
+class Space:
+    """What makes a film of this set differ from the others: directions of variance 1, and the bits tables go by."""
+
+    centre: FloatArray
+    """(D,)"""
+    scaling: FloatArray
+    """(D, components)"""
+    bits_of_keys: FloatArray
+    """(components, TABLES): what each bit adds to each table's key; sums stay below 2^24, where float32 is exact."""
+
+    def points(self, descriptors: FloatArray) -> Points:
+        """Films by their descriptors (N, D)."""
+        place = (descriptors - self.centre) @ self.scaling
+        signs = place > 0
+        packed = np.zeros((len(place), COMPONENTS // 8), np.uint8)
+        packed[:, : -(-signs.shape[1] // 8)] = np.packbits(signs, axis=1)
+        keys = signs.astype(np.float32) @ self.bits_of_keys
+        return Points(place, packed.view(np.uint64).ravel(), keys.astype(np.int64))
+
+
+class Table(NamedTuple):
     """Which films have which key."""
 
-    chosen: IntArray
-    """The bits of the key."""
     start: IntArray
     """Key → where its films begin in `films`."""
     films: IntArray
-
-    @classmethod
-    def of(cls, points: Points, chosen: IntArray) -> Table:
-        keys = points.keys(chosen)
-        counts = np.bincount(keys, minlength=1 << len(chosen))
-        return cls(chosen, np.concatenate([[0], np.cumsum(counts)]), np.argsort(keys, kind="stable"))
 
 
 def candidate_pairs(thumbnails_NHW: Uint8Array, pool: Executor) -> IntArray:
@@ -129,22 +138,21 @@ def candidate_pairs(thumbnails_NHW: Uint8Array, pool: Executor) -> IntArray:
     if len(rows) < 2:
         return np.empty((0, 2), np.int64)
     coarse = coarse[rows]
-    views = _views()
-    centre, scaling = _whitening(_descriptors(coarse, views[0]))
+    plain = _cosine_map(0.0, 0.0)
+    starts = range(0, len(rows), CHUNK)
+    own = np.concatenate(list(pool.map(lambda start: next(_descriptors(coarse[start : start + CHUNK], plain)), starts)))
+    space = _space(own)
+    base = space.points(own)
+    tables = [_table(keys) for keys in base.keys.T]
+    views = np.concatenate([_cosine_map(low, high) for low in (0.0, CROP) for high in (0.0, CROP)], axis=1)
 
-    def points_of(looked_at: Uint8Array, view: View) -> Points:
-        place = (_descriptors(looked_at, view) - centre) @ scaling
-        packed = np.packbits(place > 0, axis=1)
-        padded = np.zeros((len(place), 8), np.uint8)
-        padded[:, : packed.shape[1]] = packed
-        return Points(place, padded.view(np.uint64).ravel())
+    def look_up(start: int) -> IntArray:
+        films = coarse[start : start + CHUNK]
+        overexposed = cv2.convertScaleAbs(films, alpha=BRIGHTER, beta=0).astype(np.uint8)  # saturates at 255
+        looks = itertools.chain(_descriptors(films, views), _descriptors(overexposed, plain))
+        return np.unique(np.concatenate([_look_up(space.points(look), start, base, tables) for look in looks]))
 
-    base = points_of(coarse, views[0])
-    overexposed = cv2.convertScaleAbs(coarse, alpha=BRIGHTER, beta=0).astype(np.uint8)  # saturates at 255
-    looks = [(coarse, view) for view in views] + [(overexposed, views[0])]
-    tables = [Table.of(base, chosen) for chosen in _keyed_bits(base.place.shape[1], len(rows))]
-    found = list(pool.map(lambda look: _look_up(points_of(*look), base, tables), looks))
-    codes = np.unique(np.concatenate(found))
+    codes = np.unique(np.concatenate(list(pool.map(look_up, starts))))
     return rows[np.column_stack(np.divmod(codes, len(rows)))]
 
 
@@ -163,12 +171,6 @@ def _has_structure(coarse: Uint8Array) -> npt.NDArray[np.bool_]:
     )
 
 
-def _views() -> list[View]:
-    """A film, and the same film cropped at each set of its sides."""
-    maps = [_cosine_map(low, high) for low in (0.0, CROP) for high in (0.0, CROP)]
-    return [(rows, columns) for rows in maps for columns in maps]
-
-
 def _cosine_map(cut_low: float, cut_high: float) -> FloatArray:
     """(COARSE, FREQUENCIES): cosine transform of a line without its cut ends, each pixel held constant.
 
@@ -182,50 +184,70 @@ def _cosine_map(cut_low: float, cut_high: float) -> FloatArray:
     return np.diff(integral, axis=0).astype(np.float32)
 
 
-def _descriptors(coarse: Uint8Array, view: View) -> FloatArray:
-    """(N, D) of unit length: the cosine coefficients but the mean, which brightness and contrast do not change."""
-    down, across = view
-    values = np.empty((len(coarse), FREQUENCIES * FREQUENCIES - 1), np.float32)
-    for start in range(0, len(coarse), CHUNK):
-        films = coarse[start : start + CHUNK].astype(np.float32).reshape(-1, COARSE)
-        rows = (films @ across).reshape(-1, COARSE, FREQUENCIES).transpose(0, 2, 1).reshape(-1, COARSE)
-        values[start : start + CHUNK] = (rows @ down).reshape(-1, FREQUENCIES * FREQUENCIES)[:, 1:]
-    values /= np.linalg.norm(values, axis=1, keepdims=True) + 1e-6
-    return values
+def _descriptors(coarse: Uint8Array, maps: FloatArray) -> Iterator[FloatArray]:
+    """Of films, and of the same films cropped, (N, D) of unit length each: the cosine coefficients but the mean, which
+    brightness and contrast do not change.
+
+    `maps` (COARSE, n · FREQUENCIES) are n cosine maps; each pair of them, one down and one across, is a view.
+    """
+    films, width = len(coarse), maps.shape[1]
+    across = (coarse.reshape(-1, COARSE).astype(np.float32) @ maps).reshape(films, COARSE, width)
+    both = (across.transpose(0, 2, 1).reshape(-1, COARSE) @ maps).reshape(films, width, width)
+    parts = [slice(start, start + FREQUENCIES) for start in range(0, width, FREQUENCIES)]
+    for left_right, top_bottom in itertools.product(parts, parts):
+        values = both[:, left_right, top_bottom].reshape(films, -1)[:, 1:]
+        yield values / (np.linalg.norm(values, axis=1, keepdims=True) + 1e-6)
 
 
-def _whitening(descriptors: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Centre (D,) and map (D, components) to coordinates of variance 1 between films, largest first."""
+def _space(descriptors: FloatArray) -> Space:
+    """The principal components of `descriptors` (N, D), largest first."""
     variance, axes = np.linalg.eigh(np.cov(descriptors, rowvar=False).astype(np.float64))
     kept = int(np.clip(len(descriptors) // FILMS_PER_COMPONENT, 6, COMPONENTS))
     largest = slice(None, -kept - 1, -1)
     spread = np.sqrt(np.maximum(variance[largest], VARIANCE_FLOOR * max(variance[-1], 1e-12)))
-    return descriptors.mean(axis=0), (axes[:, largest] / spread).astype(np.float32)
+    scaling = (axes[:, largest] / spread).astype(np.float32)
+    return Space(descriptors.mean(axis=0), scaling, _bits_of_keys(kept, len(descriptors)))
 
 
-def _keyed_bits(components: int, films: int) -> list[IntArray]:
-    """The bits each table is keyed by: about as many keys as films, so that a bucket holds a few."""
-    length = int(np.clip(round(np.log2(films)) - 1, 1, 22))
+def _bits_of_keys(components: int, films: int) -> FloatArray:
+    """(components, TABLES), see Space: about as many keys as films, so that a bucket holds a few."""
+    length = int(np.clip(round(np.log2(films)) - 1, 1, min(22, components // 2)))
     generator = np.random.default_rng(0)
-    return [generator.permutation(min(components, KEYED))[: min(length, components // 2)] for _ in range(TABLES)]
+    weights = np.zeros((components, TABLES), np.float32)
+    for table in range(TABLES):
+        weights[generator.permutation(min(components, KEYED))[:length], table] = 2.0 ** np.arange(length)
+    return weights
 
 
-def _look_up(looked_up: Points, base: Points, tables: Sequence[Table]) -> IntArray:
-    """Codes first · N + second of the films that lie within reach of a looked-up one and share a key with it."""
+def _table(keys: IntArray) -> Table:
+    counts = np.bincount(keys)
+    return Table(np.concatenate([[0], np.cumsum(counts)]), np.argsort(keys, kind="stable"))
+
+
+def _look_up(looked_up: Points, offset: int, base: Points, tables: Sequence[Table]) -> IntArray:
+    """Codes first · N + second of the films that lie within reach of a looked-up one and share a key with it.
+
+    `looked_up` are films `offset` and following.
+    """
     found = [np.empty(0, np.int64)]
-    for table in tables:
-        keys = looked_up.keys(table.chosen)
-        start = table.start[keys]
-        count = np.minimum(table.start[keys + 1] - start, MAX_BUCKET)
-        for step in range(int(count.max())):
-            left = np.flatnonzero(count > step)
-            right = table.films[start[left] + step]
-            differing = POPCOUNT[(looked_up.bits[left] ^ base.bits[right]).view(np.uint16).reshape(-1, 4)].sum(axis=1)
-            alike = (differing <= BITS) & (left != right)
-            left, right = left[alike], right[alike]
-            near = np.square(looked_up.place[left] - base.place[right]).sum(axis=1) < REACH**2
-            found.append((np.minimum(left, right) * len(base.bits) + np.maximum(left, right))[near])
+    for keys, table in zip(looked_up.keys.T, tables):
+        known = np.minimum(keys, len(table.start) - 2)
+        start = table.start[known]
+        count = np.where(keys == known, np.minimum(table.start[known + 1] - start, MAX_BUCKET), 0)
+        left = np.repeat(np.arange(len(keys)), count)
+        place_in_bucket = np.arange(len(left)) - np.repeat(np.cumsum(count) - count, count)
+        right = table.films[np.repeat(start, count) + place_in_bucket]
+        alike = (_differing_bits(looked_up.bits[left], base.bits[right]) <= BITS) & (left + offset != right)
+        left, right = left[alike], right[alike]
+        near = np.square(looked_up.place[left] - base.place[right]).sum(axis=1) < REACH**2
+        left, right = left[near] + offset, right[near]
+        found.append(np.minimum(left, right) * len(base.bits) + np.maximum(left, right))
     return np.unique(np.concatenate(found))
+
+
+def _differing_bits(first: npt.NDArray[np.uint64], second: npt.NDArray[np.uint64]) -> Uint8Array:
+    counts = POPCOUNT[(first ^ second).view(np.uint16).reshape(-1, 4)]
+    return counts[:, 0] + counts[:, 1] + counts[:, 2] + counts[:, 3]
 
 
 # --- verification ----------------------------------------------------------------------------------------------
@@ -256,7 +278,7 @@ def _alignments(first: FloatArray, second: FloatArray) -> Iterator[FloatArray]:
     """
     yield second
     place: Any = np.eye(2, 3, dtype=np.float32)
-    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-6)
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-4)
     try:
         _, place = cv2.findTransformECC(first, second, place, cv2.MOTION_AFFINE, stop, None, 5)  # type: ignore[call-overload]
     except cv2.error:  # no convergence: the two have nothing in common

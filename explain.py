@@ -23,7 +23,17 @@ import numpy as np
 import numpy.typing as npt
 
 import attribution_checks as checks
-from attribution import Attribution, Explained, attributions, check_methods, heat_map, overlay, torch_model
+from attribution import (
+    Attribution,
+    Explained,
+    FloatArray,
+    Uint8Array,
+    attributions,
+    check_methods,
+    heat_map,
+    overlay,
+    torch_model,
+)
 from data_preprocessing import patients_of, prefetch
 from errors import ConfigError, DataError, nearest
 from estimates import as_groups, not_estimable
@@ -34,9 +44,6 @@ from resampling import Sampling, mean_statistic
 from runtime import code_version, log, progress, require_writable, write_json, write_text
 
 __all__ = ["explain", "explain_films", "heat_map", "overlay", "summary", "torch_model"]
-
-FloatArray = npt.NDArray[np.floating[Any]]
-Uint8Array = npt.NDArray[np.uint8]
 
 SHOWN_FILMS = 12
 """Films in the report; all of them are in the folder."""
@@ -165,13 +172,14 @@ def explain(
     bundle: Path | None = None,
     device: str = "auto",
     model_type: str | None = None,
+    explained: Explained | None = None,
 ) -> dict[str, Any]:
     """Explain every film among `sources` (files or folders); the content of explanation.json.
 
     UserError kinds for the user's mistakes; films that cannot be read are listed, and an error when that is all.
     """
     paths = find_films(sources)
-    explained = open_model(checkpoint, bundle, device=device, model_type=model_type)
+    explained = explained or open_model(checkpoint, bundle, device=device, model_type=model_type)
     require_writable(output_dir)
     names = output_names(paths)
     spread = _spread(len(paths), settings.sanity_films)

@@ -45,6 +45,49 @@ def explanation_html(result: Mapping[str, Any], pictures: Sequence[Mapping[str, 
     return page(f"Where {result['model']} looks", *parts)
 
 
+def case_html(result: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:
+    """The page of cases: film, maps and the words of the note side by side."""
+    cells = []
+    for item in pictures:
+        said = f"{text(item['name'])}<br>evidence for {text(item['target'])}, probability {number(item['probability'])}"
+        drawn = [figure(jpeg(item["film"], item["name"]), said)]
+        drawn += [
+            figure(jpeg(data, f"{item['name']} {method}"), _name(method)) for method, data in item["overlays"].items()
+        ]
+        cells.append(f"<div class='films'>{''.join(drawn)}</div>{_note(item)}")
+    return page(
+        f"What {result['model']} and the notes say",
+        "<h1>Where film and note say it</h1>",
+        f"<p class='subtitle'>{text(result['model'])}, fusion {text(result['fusion'])} · "
+        f"{text(result['checkpoint'])} · {result['cases']:,} cases · evidence for {_target(result)}</p>",
+        warning(f"{len(result['unreadable'])} cases could not be read.") if result["unreadable"] else "",
+        section("Cases", *cells),
+        "<p class='note'>A word's colour is what the logit loses without it: orange speaks for the class, blue against "
+        "it, each note scaled to its strongest word. A map shows what moves the score, not where disease is; maps of "
+        "cases are not checked against shuffled weights.</p>",
+        section("Record", facts([("Program", text(result["code_version"]))])),
+    )
+
+
+def _note(item: Mapping[str, Any]) -> str:
+    """The note, its words coloured by their evidence, and what else is known of the case."""
+    strongest = max((abs(word["evidence"]) for word in item["words"]), default=0.0) or 1.0
+    marked = " ".join(
+        f"<span style='background:{_colour(word['evidence'] / strongest)}' title='{word['evidence']:+.3f}'>"
+        f"{text(word['word'])}</span>"
+        for word in item["words"]
+    )
+    rows = [("Note", marked or "none")]
+    rows += [(value["word"], f"{value['evidence']:+.3f}") for value in item["values"]]
+    rows += [(f"Weight of {name}", number(value, 2)) for name, value in (item["weights"] or {}).items()]
+    return facts(rows)
+
+
+def _colour(share: float) -> str:
+    """CSS colour of evidence in [-1, 1]."""
+    return f"rgba({'230,120,0' if share > 0 else '40,110,200'},{0.55 * abs(share):.2f})"
+
+
 def _target(result: Mapping[str, Any]) -> str:
     return "each film's predicted class" if result["target"] == "predicted class" else text(result["target"])
 
@@ -89,8 +132,8 @@ def jpeg(data: str, description: str) -> str:
 
 def _how_to_read() -> str:
     return (
-        "<p class='note'>Each overlay is scaled to its own film: the hottest place is the strongest evidence on that "
-        "film, however weak that is. A map shows what moves the score of a class, not where disease is.</p>\n"
+        "<p class='note'><br>Each overlay is scaled to its own film: the hottest place is the strongest evidence on "
+        "that film, however weak that is. A map shows what moves the score of a class, not where disease is.</p>\n"
     )
 
 
@@ -159,7 +202,7 @@ def _sanity(result: Mapping[str, Any]) -> str:
             "map's order beats a random one.",
         ),
         f"<div class='films'>{''.join(drawings)}</div>",
-        f"<p class='note'>Blue: by the map. Grey, dashed: random order. Across: share of cells changed; up: "
+        f"<p class='note'><br>Blue: by the map. Grey, dashed: random order. Across: share of cells changed; up: "
         f"probability from 0 to 1. Intervals are {100 * result['level']:g} %, resampled by patient.</p>",
     )
 
@@ -199,6 +242,12 @@ REASON_WORDS = {
 }
 
 
+def reasons_in_words(reasons: str) -> str:
+    """'wrong influential' as 'most wrong, most influential'."""
+    most = {"unsure": "least sure"}
+    return ", ".join(most.get(reason, f"most {reason}") for reason in reasons.split())
+
+
 def contact_sheet_html(
     rows: Sequence[Mapping[str, Any]],
     pictures: Sequence[Mapping[str, Any]],
@@ -210,11 +259,11 @@ def contact_sheet_html(
     """The films to look at again, each beside its map; `rows` are those of review.csv."""
     cells = []
     for place, (row, item) in enumerate(zip(rows, pictures), start=1):
-        said = f"<b>{place}.</b> {text(row['path'])}<br>label <b>{text(row['label'])}</b>"
+        said = f"<b>{place}.</b> label <b>{text(row['label'])}</b><br>{text(row['path'])}"
         cells.append(figure(jpeg(item["film"], item["name"]), said))
         said = (
-            f"called <b>{text(row['prediction'])}</b> ({text(row['probability'])})<br>{text(row['reason'])}; map: "
-            f"evidence for {text(item['target'])}"
+            f"called <b>{text(row['prediction'])}</b> ({text(row['probability'])}); map: evidence for "
+            f"{text(item['target'])}<br>{reasons_in_words(row['reason'])}"
         )
         cells.append(figure(jpeg(item["overlays"][method], f"{item['name']} {method}"), said))
     reasons = "".join(f"<li>{text(words)}</li>" for words in REASON_WORDS.values())

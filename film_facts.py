@@ -2,18 +2,22 @@
 
     scan = scan_films(paths, thumbnails_NHW)
 
-Films are read in threads (decoding lets go of the interpreter), a few chunks ahead of whoever reads the results, so
-that memory does not grow with their number. Legend: N films, H and W of a film or thumbnail.
+Films are read in threads (decoding lets go of the interpreter) or, where they are many, in processes, a few chunks
+ahead of whoever reads the results, so that memory does not grow with their number. Legend: N films, H and W of a film
+or thumbnail.
 """
 
 from __future__ import annotations
 
 import filecmp
 import hashlib
+import io
+import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +26,11 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import ExifTags, Image
 
 from duplicates import SIDE
 from errors import DataError
-from preprocess import Pixels, PreprocessSpec, apply, decode
+from preprocess import MAX_PIXELS, Pixels, PreprocessSpec, apply, decode
 from runtime import progress
 
 Uint8Array = npt.NDArray[np.uint8]
@@ -62,10 +67,15 @@ FLAT = 8
 """Grey levels that a border of one level may vary by: JPEG rings at its inner edge."""
 COLOUR = 8.0
 """Mean spread of the channels, in levels, from which a film counts as coloured; as `preprocess.has_colour`."""
+APART = 16
+"""Pixels from one to the next that are looked at for colour."""
 STANDS_OUT = 70
 """Grey levels by which burned-in text is brighter than its neighbourhood; ribs and tubes stay below."""
 CHUNK = 32
-"""Films a thread works on before it hands in results."""
+"""Films a worker reads before it hands in results."""
+PROCESSES_FROM = 10_000
+"""From this many films on the workers are processes: small films leave threads waiting for one another's Python, and
+what that costs on so many is more than half a second of starting an interpreter for each."""
 
 # Luminance table of the JPEG standard (ITU-T T.81, K.1), in the zigzag order of the file. Encoders scale it.
 STANDARD_TABLE = np.array(
@@ -75,6 +85,18 @@ STANDARD_TABLE = np.array(
         113, 121, 112, 100, 120, 92, 101, 103, 99,
     ]
 )  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """What is looked at of a film."""
+
+    grey_HW: Uint8Array
+    """At its own size, but films deeper than 8 bits are shrunk."""
+    width: int
+    height: int
+    bits: int
+    channels: int
+    colour: bool
 
 
 class Fault(NamedTuple):
@@ -100,48 +122,67 @@ def scan_films(paths: Sequence[str], thumbnails_NHW: Uint8Array, *, workers: int
     """Read every film once: its facts, its thumbnail into `thumbnails_NHW` (N, 64, 64), or why it cannot be read."""
     scan = Scan(np.zeros(len(paths), FACTS))
     threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # the films are shared out among threads already
+    cv2.setNumThreads(1)  # the films are shared out among workers already
     try:
-        chunks = _in_chunks(paths, thumbnails_NHW, workers or os.cpu_count() or 1)
-        for start, facts, faults in progress(chunks, total=len(paths), label="reading films", step=CHUNK):
-            scan.facts[start : start + len(facts)] = facts
-            scan.faults |= {start + row: fault for row, fault in faults.items()}
+        chunks = _in_chunks(paths, workers or os.cpu_count() or 1)
+        for start, part in progress(chunks, total=len(paths), label="reading films", step=CHUNK):
+            rows = slice(start, start + len(part.facts))
+            scan.facts[rows], thumbnails_NHW[rows] = part.facts, part.thumbnails_NHW
+            scan.faults |= {start + row: fault for row, fault in part.faults.items()}
     finally:
         cv2.setNumThreads(threads)
     return scan
 
 
-def _in_chunks(
-    paths: Sequence[str], thumbnails_NHW: Uint8Array, workers: int
-) -> Iterator[tuple[int, npt.NDArray[Any], dict[int, Fault]]]:
-    """(first row, facts, faults by place in the chunk), in order; a few chunks are read ahead and no more."""
-    pool = ThreadPoolExecutor(workers)
-    under_way: deque[tuple[int, Future[tuple[npt.NDArray[Any], dict[int, Fault]]]]] = deque()
+class Part(NamedTuple):
+    """What was read of a chunk of films."""
+
+    facts: npt.NDArray[Any]
+    thumbnails_NHW: Uint8Array
+    faults: dict[int, Fault]
+    """By place in the chunk."""
+
+
+def _in_chunks(paths: Sequence[str], workers: int) -> Iterator[tuple[int, Part]]:
+    """(first row, what was read), in order; a few chunks are read ahead and no more."""
+    pool = _workers(len(paths), workers)
+    under_way: deque[tuple[int, Future[Part]]] = deque()
     try:
         for start in range(0, len(paths), CHUNK):
-            part = slice(start, start + CHUNK)
-            under_way.append((start, pool.submit(_read_chunk, paths[part], thumbnails_NHW[part])))
+            under_way.append((start, pool.submit(_read_chunk, paths[start : start + CHUNK])))
             if len(under_way) >= 3 * workers:
                 first, done = under_way.popleft()
-                yield first, *done.result()
+                yield first, done.result()
         for first, done in under_way:
-            yield first, *done.result()
+            yield first, done.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read_chunk(paths: Sequence[str], thumbnails_NHW: Uint8Array) -> tuple[npt.NDArray[Any], dict[int, Fault]]:
+def _workers(films: int, workers: int) -> Executor:
+    """Threads, or processes that start as fresh interpreters: a fork would inherit locks of this process' threads."""
+    if films < PROCESSES_FROM:
+        return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one answers it
+    cv2.setNumThreads(1)
+
+
+def _read_chunk(paths: Sequence[str]) -> Part:
     facts, faults = np.zeros(len(paths), FACTS), {}
-    for row, (path, thumbnail_HW) in enumerate(zip(paths, thumbnails_NHW)):
+    thumbnails_NHW = np.zeros((len(paths), SIDE, SIDE), np.uint8)
+    for row, path in enumerate(paths):
         try:
-            data = Path(path).read_bytes()
-            facts[row] = film_facts(data, decode(data), thumbnail_HW)
+            facts[row] = film_facts(Path(path).read_bytes(), thumbnails_NHW[row])
         except DataError as error:
             faults[row] = Fault(kind_of_fault(str(error)), str(error).replace("uploaded image", path, 1))
         except OSError as error:
             faults[row] = Fault(MISSING, f"{path}: cannot be read ({error.strerror})")
     facts["border"] = np.where(facts["readable"], border_shares(thumbnails_NHW), 0)
-    return facts, faults
+    return Part(facts, thumbnails_NHW, faults)
 
 
 def kind_of_fault(line: str) -> str:
@@ -156,27 +197,65 @@ def kind_of_fault(line: str) -> str:
     return DAMAGED if "damaged" in line else REFUSED
 
 
-def film_facts(data: bytes, pixels: Pixels, thumbnail_HW: Uint8Array) -> Facts:
-    """One row of FACTS from a file's bytes and its pixels; writes the thumbnail (64, 64)."""
-    grey = shrink(eight_bit_grey(pixels))
-    height, width = pixels.shape[:2]
+def film_facts(data: bytes, thumbnail_HW: Uint8Array) -> Facts:
+    """One row of FACTS from a file's bytes; writes the thumbnail (64, 64). DataError as `preprocess.decode`."""
+    film = _plain_jpeg(data) or _picture(decode(data))
+    grey = shrink(film.grey_HW)
     thumbnail_HW[:] = thumbnail(grey)
     mean, deviation = cv2.meanStdDev(grey)
     return (
         True,
-        width,
-        height,
+        film.width,
+        film.height,
         len(data),
-        short_hash(thumbnail_HW.tobytes() + b"%d %d" % (width, height)),
-        8 * pixels.dtype.itemsize,
-        1 if pixels.ndim == 2 else pixels.shape[2],
-        pixels.ndim == 3 and channel_spread(pixels[::16, ::16]) > COLOUR,
+        short_hash(thumbnail_HW.tobytes() + b"%d %d" % (film.width, film.height)),
+        film.bits,
+        film.channels,
+        film.colour,
         jpeg_quality(data),
         mean[0, 0] / 255,
         deviation[0, 0] / 255,
         0.0,  # the border is measured on all thumbnails of a chunk at once
         marker_share(grey),
     )
+
+
+def _picture(pixels: Pixels) -> Picture:
+    height, width = pixels.shape[:2]
+    if pixels.dtype != np.uint8:
+        return Picture(eight_bit_grey(pixels), width, height, 8 * pixels.dtype.itemsize, 1, False)
+    return _eight_bit_picture(Image.fromarray(pixels))
+
+
+def _eight_bit_picture(image: Image.Image) -> Picture:
+    """Of grey or RGB pixels."""
+    width, height = image.size
+    if image.mode == "L":
+        return Picture(np.asarray(image), width, height, 8, 1, False)
+    few = (-(-width // APART), -(-height // APART))
+    sample_HWC = np.asarray(image.resize(few, Image.Resampling.NEAREST))
+    if (sample_HWC == sample_HWC[..., :1]).all():
+        # Equal channels need no weighing, which takes three times as long as taking one.
+        return Picture(np.asarray(image.getchannel("G")), width, height, 8, 3, False)
+    colour = channel_spread(sample_HWC) > COLOUR
+    return Picture(np.asarray(image.convert("L")), width, height, 8, 3, colour)
+
+
+def _plain_jpeg(data: bytes) -> Picture | None:
+    """An upright JPEG, as `decode` would have it; None for other files and for faults, which `decode` names.
+
+    Its colours are never laid out as an array, which takes half as long as decoding.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            if image.width * image.height > MAX_PIXELS or image.mode not in ("L", "RGB") or not upright:
+                return None
+            return _eight_bit_picture(image)
+    except Exception:  # whatever it is, decode meets it again
+        return None
 
 
 def thumbnail(grey_HW: Uint8Array) -> Uint8Array:
@@ -205,7 +284,7 @@ def eight_bit_grey(pixels: Pixels) -> Uint8Array:
         squashed = apply(PreprocessSpec(image_size=min(side, 2 * ENOUGH)), pixels)[..., 0]
         height, width = (max(1, round(squashed.shape[0] * length / side)) for length in pixels.shape[:2])
         return cv2.resize(squashed, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.uint8, copy=False) if pixels.ndim == 3 else pixels
+    return _eight_bit_picture(Image.fromarray(pixels)).grey_HW if pixels.ndim == 3 else pixels
 
 
 def shrink(grey_HW: Uint8Array) -> Uint8Array:
@@ -264,11 +343,13 @@ def _quality_of_table(segment: bytes) -> int:
 def same_pixels(first: str, second: str) -> bool:
     """Whether two files hold the same bytes, or the same pixels; a grey film stored as RGB is the grey film."""
     try:
-        if filecmp.cmp(first, second, shallow=False):
+        if Path(first).samefile(second) or filecmp.cmp(first, second, shallow=False):
             return True
         a, b = decode(first), decode(second)
     except (DataError, OSError):
         return False
-    if a.shape != b.shape and a.dtype == b.dtype == np.uint8:
-        a, b = eight_bit_grey(a), eight_bit_grey(b)
-    return a.dtype == b.dtype and np.array_equal(a, b)
+    if a.shape[:2] != b.shape[:2] or a.dtype != b.dtype:
+        return False
+    if a.ndim != b.ndim:
+        a, b = np.atleast_3d(a), np.atleast_3d(b)
+    return bool((a == b).all())

@@ -77,6 +77,8 @@ def list_films(source: Path, *, patient_pattern: str | None = None) -> FilmList:
     if source.is_dir():
         root, faults = source.resolve(), list[tuple[str, str]]()
         table, passed_over = _from_folder(root)
+    elif source.is_file() and is_film(source):
+        raise DataError(f"{source}: is a single film; name its folder, or a CSV that lists films")
     elif source.is_file():
         root, passed_over = source.resolve().parent, []
         table, faults = _from_csv(source)

@@ -17,25 +17,20 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 
 import evaluate
-from attribution import Explained, overlay
+from attribution import Explained, FloatArray, Uint8Array, overlay
 from config import Overrides, flatten, resolve
-from data_preprocessing import Manifest
+from data_preprocessing import IntArray, Manifest
 from engines import TorchEngine
 from errors import ConfigError, DataError, examples
 from explain import Film, Settings, explain_films, film_pictures, open_model
-from explain_report import contact_sheet_html
+from explain_report import contact_sheet_html, reasons_in_words
 from predictor import Unreadable, softmax
 from preprocess import apply, decode
 from runtime import atomic_write, log, progress, require_writable, write_text
-
-FloatArray = npt.NDArray[np.floating[Any]]
-IntArray = npt.NDArray[np.int64]
-Uint8Array = npt.NDArray[np.uint8]
 
 REASONS = ("wrong", "unsure", "influential")
 DAMPING = 0.01
@@ -44,7 +39,8 @@ MAX_HIDDEN = 256
 """Features the influence is computed in; wider ones are projected onto their leading directions."""
 TILE = 224
 """Side of a film on the contact sheet, in pixels."""
-COLUMNS = 4
+COLUMNS = 3
+"""Films beside one another on the contact sheet, each with its map."""
 
 
 def review(
@@ -245,22 +241,26 @@ def _write(
     model = explained.predictor.config.model.model_type
     html = contact_sheet_html(rows, pictures, method=method, model=model, split=split)
     write_text(folder / "contact_sheet.html", html)
-    sheet = contact_sheet([overlay(f.image_SSC, f.maps[method], opacity=settings.opacity) for f in films], rows)
+    pairs = [
+        np.hstack([overlay(film.image_SSC, film.maps[method], opacity=opacity) for opacity in (0, settings.opacity)])
+        for film in films
+    ]
+    sheet = contact_sheet(pairs, rows)
     with atomic_write(folder / "contact_sheet.png") as stream:
         stream.write(cv2.imencode(".png", np.ascontiguousarray(sheet[..., ::-1]))[1].tobytes())
 
 
-def contact_sheet(overlays: Sequence[Uint8Array], rows: Sequence[Mapping[str, Any]]) -> Uint8Array:
-    """The films in a grid of COLUMNS, RGB, each over three lines: label and prediction, reasons, file name."""
-    height = TILE + 50
-    sheet = np.full((-(-len(overlays) // COLUMNS) * height, COLUMNS * TILE, 3), 255, dtype=np.uint8)
-    for number, (picture, row) in enumerate(zip(overlays, rows)):
-        top, left = number // COLUMNS * height, number % COLUMNS * TILE
-        sheet[top : top + TILE, left : left + TILE] = cv2.resize(picture, (TILE, TILE))
+def contact_sheet(pairs: Sequence[Uint8Array], rows: Sequence[Mapping[str, Any]]) -> Uint8Array:
+    """Films beside their maps (S, 2 S, 3) in COLUMNS, RGB, over three lines: label and prediction, reasons, file."""
+    height, width = TILE + 50, 2 * TILE + 8
+    sheet = np.full((-(-len(pairs) // COLUMNS) * height, COLUMNS * width, 3), 255, dtype=np.uint8)
+    for number, (picture, row) in enumerate(zip(pairs, rows)):
+        top, left = number // COLUMNS * height, number % COLUMNS * width
+        sheet[top : top + TILE, left : left + 2 * TILE] = cv2.resize(picture, (2 * TILE, TILE))
         said = (
             f"{number + 1}. {row['label']}, called {row['prediction']} {float(row['probability']):.2f}",
-            row["reason"],
-            Path(row["path"]).name[:34],
+            reasons_in_words(row["reason"]),
+            Path(row["path"]).name[:68],
         )
         for line, words in enumerate(said):
             place = (left + 3, top + TILE + 13 + 15 * line)

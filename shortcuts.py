@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
-from auroc import auroc_ci
+from auroc import auroc, auroc_ci
 from estimates import Estimate, FloatArray, IntArray, as_groups, two_sided_quantile
 from proportions import adjust_p_values
 
@@ -35,6 +36,17 @@ VAGUE = frozenset(
     {"other", "none", "unknown", "positive", "negative", "pos", "neg", "yes", "not", "the", "and", "class"}
 )
 """Words of class names that do not tell the class when a note holds them."""
+WORDS = {
+    "bytes": "file size",
+    "mean": "mean brightness",
+    "border": "border of one level",
+    "marker": "text near the edge",
+    "aspect": "width / height",
+    "quality": "JPEG quality",
+    "bits": "bit depth",
+    "format": "file format",
+}
+"""How a reader is told of a nuisance, where its name does not say it."""
 WORD = re.compile(r"[a-z0-9]{3,}(?:-[a-z0-9]+)*")
 
 
@@ -54,6 +66,11 @@ class Nuisance:
     each scored by the share of the class among other patients' films."""
     shares: dict[str, tuple[int, int]]
     """Category → (films, of these of the class); the most frequent, empty for a number."""
+
+    @property
+    def words(self) -> str:
+        """The name, for a reader."""
+        return WORDS.get(self.name, self.name)
 
     def as_report(self) -> dict[str, Any]:
         """Plain values for audit.json."""
@@ -82,12 +99,14 @@ def nuisances(
     With two classes against `positive_class`; with more, each class against the rest and the best one kept.
     """
     targets = [positive_class] if len(classes) == 2 and positive_class else list(classes)
-    tried = [
-        found
-        for name, values in columns.items()
-        for target in targets
-        for found in _try(name, np.asarray(values), labels == list(classes).index(target), target, np.asarray(patients))
-    ]
+    groups = as_groups(np.asarray(patients), n=len(labels))
+    with threadpool_limits(1, user_api="blas"):  # products this small wait longer for threads than they take
+        tried = [
+            found
+            for name, values in columns.items()
+            for target in targets
+            for found in _try(name, np.asarray(values), labels == list(classes).index(target), target, groups)
+        ]
     adjusted = adjust_p_values([item.p_value for item in tried]) if tried else []
     best: dict[str, Nuisance] = {}
     for item, p_adjusted in zip(tried, adjusted):
@@ -98,7 +117,7 @@ def nuisances(
 
 
 def _try(
-    name: str, values: npt.NDArray[Any], positive: npt.NDArray[np.bool_], target: str, patients: npt.NDArray[Any]
+    name: str, values: npt.NDArray[Any], positive: npt.NDArray[np.bool_], target: str, patients: IntArray
 ) -> list[Nuisance]:
     numeric = values.dtype.kind in "fiub"
     known = ~np.isnan(values.astype(np.float64)) if numeric else np.ones(len(values), bool)
@@ -113,7 +132,7 @@ def _try(
         return Nuisance(name, target, estimate, _p_value(estimate, sides), float("nan"), len(y), how, shares)
 
     def ranked(numbers: FloatArray, words: tuple[str, str], shares: dict[str, tuple[int, int]]) -> Nuisance | None:
-        rising = auroc_ci(y, numbers, groups=groups).value >= 0.5
+        rising = auroc(y, numbers) >= 0.5
         return result(numbers if rising else -numbers, words[0 if rising else 1], shares, 2)
 
     if not numeric:
@@ -135,7 +154,7 @@ def _present(found: Sequence[Nuisance | None]) -> list[Nuisance]:
     return [item for item in found if item is not None]
 
 
-def _folds(groups: npt.NDArray[Any]) -> IntArray:
+def _folds(groups: IntArray) -> IntArray:
     """Part (N,) of each film; all films of a patient in one."""
     codes = as_groups(groups, n=len(groups))
     return np.random.default_rng(0).permutation(int(codes.max()) + 1)[codes] % FOLDS

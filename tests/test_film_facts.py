@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+import film_facts as film_facts_module
 import synthetic
 from film_facts import (
     FACTS,
@@ -28,7 +29,7 @@ from preprocess import decode, has_colour
 
 def facts_of(path: Path) -> dict[str, object]:
     data = path.read_bytes()
-    row = film_facts(data, decode(data), np.empty((64, 64), np.uint8))
+    row = film_facts(data, np.empty((64, 64), np.uint8))
     return dict(zip(FACTS.names or (), row))
 
 
@@ -54,6 +55,41 @@ def test_facts_are_those_of_the_file(tmp_path: Path) -> None:
     assert facts["bytes"] == path.stat().st_size and facts["quality"] == 0 and not facts["colour"]
     assert facts["mean"] == pytest.approx(film.mean() / 255, abs=1e-3)
     assert facts["contrast"] == pytest.approx(film.std() / 255, abs=1e-3)
+
+
+def _jpeg(image: Image.Image, *, orientation: int = 1, **settings: object) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, exif=exif, **settings)
+    return buffer.getvalue()
+
+
+FILM = Image.fromarray(synthetic.film(pneumonia=True, seed=7, size=160)[:, :130])
+COLOURED = Image.merge("RGB", [FILM, FILM.point(lambda level: level // 2), FILM.point(lambda level: 255 - level)])
+ARROW = FILM.convert("RGB")
+ARROW.paste((255, 0, 0), (40, 40, 60, 50))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(_jpeg(FILM), id="grey"),
+        pytest.param(_jpeg(FILM.convert("RGB")), id="grey as RGB"),
+        pytest.param(_jpeg(FILM.convert("RGB"), progressive=True), id="progressive"),
+        pytest.param(_jpeg(COLOURED), id="coloured"),
+        pytest.param(_jpeg(ARROW, subsampling=0), id="a red arrow"),
+        pytest.param(_jpeg(FILM, orientation=6), id="lying"),
+        pytest.param(_jpeg(FILM.convert("CMYK")), id="CMYK"),
+    ],
+)
+def test_a_jpeg_has_the_facts_of_its_pixels_in_another_format(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    Image.fromarray(decode(data)).save(tmp_path / "a.png")
+    jpeg, png = facts_of(tmp_path / "a.jpg"), facts_of(tmp_path / "a.png")
+    of_the_pixels = [name for name in jpeg if name not in ("bytes", "quality")]
+    assert [jpeg[name] for name in of_the_pixels] == [png[name] for name in of_the_pixels]
+    assert jpeg["colour"] == (data == _jpeg(COLOURED))
 
 
 def test_colour_is_seen_as_preprocess_sees_it() -> None:
@@ -136,6 +172,25 @@ def test_rows_come_in_order_for_any_number_of_workers(tmp_path: Path) -> None:
     assert [int(height) for height in scan.facts["height"]] == [0 if row == 33 else 40 + row for row in range(70)]
     levels = np.array([0 if row == 33 else row for row in range(70)])
     assert np.abs(thumbnails[:, 0, 0].astype(int) - levels).max() <= 1  # bilinear weights are rounded
+
+
+def test_processes_read_what_threads_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(40)]
+    for number, path in enumerate(paths[:-1]):
+        Image.fromarray(synthetic.film(pneumonia=False, seed=number, size=40)).save(path)
+    in_threads, in_processes = (np.zeros((40, 64, 64), np.uint8) for _ in range(2))
+    expected = scan_films(paths, in_threads, workers=2)
+    monkeypatch.setattr(film_facts_module, "PROCESSES_FROM", 1)
+    scan = scan_films(paths, in_processes, workers=2)
+    assert np.array_equal(scan.facts, expected.facts) and np.array_equal(in_processes, in_threads)
+    assert scan.faults == expected.faults and list(scan.faults) == [39]
+
+
+def test_a_film_of_other_colours_is_another_film(tmp_path: Path) -> None:
+    film = synthetic.film(pneumonia=False, seed=6, size=48)
+    Image.fromarray(film).save(tmp_path / "a.png")
+    Image.fromarray(np.dstack([film // 2, film, film])).save(tmp_path / "b.png")
+    assert not same_pixels(str(tmp_path / "a.png"), str(tmp_path / "b.png"))
 
 
 def test_a_grey_film_stored_as_rgb_holds_the_same_pixels(tmp_path: Path) -> None:

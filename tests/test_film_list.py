@@ -98,3 +98,11 @@ def test_nothing_there_is_an_error(tmp_path: Path) -> None:
         list_films(tmp_path / "gone")
     with pytest.raises(DataError, match="no films; expected"):
         list_films(tmp_path)
+
+
+def test_a_single_film_is_no_table(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png")
+    with pytest.raises(DataError, match="1.png: is a single film; name its folder"):
+        list_films(tmp_path / "1.png")
+    with pytest.raises(DataError, match="no such folder or CSV"):
+        list_films(tmp_path / "2.png")

@@ -20,6 +20,7 @@ from config import Config, DataConfig, resolve
 from data_preprocessing import excluded_films, load_manifest
 from errors import DataError
 from explain import Settings
+from explain_report import reasons_in_words
 from tests.conftest import TINY
 
 
@@ -46,7 +47,16 @@ def test_the_sheet_and_the_list_hold_the_same_films(reviewed: tuple[Path, dict])
     page = (out / "contact_sheet.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 18
     assert all(Path(name).name in page for name in table["path"])
-    assert cv2.imread(str(out / "contact_sheet.png")).shape == (3 * (review.TILE + 50), 4 * review.TILE, 3)
+    assert cv2.imread(str(out / "contact_sheet.png")).shape == (3 * (review.TILE + 50), 3 * (2 * review.TILE + 8), 3)
+
+
+def test_the_sheet_shows_each_film_beside_its_map_and_says_why() -> None:
+    films = [np.full((64, 128, 3), level, np.uint8) for level in (40, 160)]
+    rows = [{"label": "A", "prediction": "B", "probability": "0.9", "reason": "wrong", "path": "a.png"}] * 2
+    sheet = review.contact_sheet(films, rows)
+    assert (sheet[: review.TILE, : 2 * review.TILE] == 40).all()
+    assert (sheet[: review.TILE, 2 * review.TILE + 8 :][:, : 2 * review.TILE] == 160).all()
+    assert reasons_in_words("wrong unsure influential") == "most wrong, least sure, most influential"
 
 
 def test_the_first_of_each_ranking_is_chosen(reviewed: tuple[Path, dict], trained: Path) -> None:
