@@ -1,8 +1,9 @@
 """One engine, one queue: films from many requests meet here and leave in small batches.
 
-The engine runs in one thread. It takes what waits, at most what fits the latency budget, and never waits while it is
-idle. Admission is bounded: what cannot be answered in time is refused at once. A request whose future was cancelled
-is dropped before it costs anything. Knows no HTTP and no model.
+The engine runs in one thread, or in several where it computes several batches at once. A thread takes what waits, at
+most what fits the latency budget, and never waits while it is idle. Admission is bounded, in films and in time: what
+cannot be answered in time is refused at once. A request whose future was cancelled is dropped before it costs
+anything. Knows no HTTP and no model.
 """
 
 from __future__ import annotations
@@ -49,15 +50,32 @@ class TimeModel:
         slope = min(max(slope, 0.0), mean_t / mean_n)
         return slope, max(0.0, mean_t - slope * mean_n)
 
-    def seconds(self, count: int) -> float:
-        """Predicted time of a batch of `count`."""
-        a, b = self.coefficients()
-        return a * count + b
-
     def fitting(self, budget_s: float, *, most: int) -> int:
         """The largest batch, in 1..most, predicted to end within `budget_s`."""
         a, b = self.coefficients()
         return most if a <= 0 else min(most, max(1, int((budget_s - b) / a)))
+
+
+class Pace:
+    """Seconds between two answers while films are on their way: decoding, engine and all else that they wait for."""
+
+    def __init__(self) -> None:
+        self._since = self._busy_s = self._answers = 0.0
+
+    def resume(self) -> None:
+        """The first film arrives where there was none."""
+        self._since = time.perf_counter()
+
+    def answered(self) -> None:
+        """One film has left; about the last fifty count."""
+        now = time.perf_counter()
+        self._busy_s = TimeModel.MEMORY * self._busy_s + now - self._since
+        self._answers = TimeModel.MEMORY * self._answers + 1.0
+        self._since = now
+
+    def seconds(self, count: int) -> float:
+        """Predicted time until the last of `count` films is answered; 0 as long as nothing is known."""
+        return count * self._busy_s / self._answers if self._answers else 0.0
 
 
 @dataclass(slots=True)
@@ -71,7 +89,7 @@ class Job:
 
 
 class EngineQueue:
-    """Bounded admission, a waiting line and the engine's thread."""
+    """Bounded admission, a waiting line and the engine's threads."""
 
     def __init__(
         self,
@@ -80,19 +98,24 @@ class EngineQueue:
         max_queue: int,
         max_batch: int,
         budget_s: float,
+        max_wait_s: float = math.inf,
+        least_queue: int = 1,
+        lanes: int = 1,
         warm_up: Callable[[], None] = lambda: None,
         on_batch: Callable[[int, float, float], None] = lambda count, seconds, waited: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._warm_up, self._on_batch, self._on_failure = run, warm_up, on_batch, on_failure
         self.max_queue, self.max_batch, self.budget_s = max_queue, max_batch, budget_s
-        self.times = TimeModel()
+        self.max_wait_s, self.least_queue, self.lanes = max_wait_s, least_queue, lanes
+        self.times, self.pace = TimeModel(), Pace()
         self.admitted = 0
         """Films taken on and not yet answered: being decoded, waiting or computed."""
         self.ready = self.stopping = False
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._calling = threading.Lock()
+        self._thread = threading.Thread(target=self._begin, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
@@ -101,10 +124,10 @@ class EngineQueue:
         self._thread.start()
 
     def close(self) -> None:
-        """Finish what was taken on, then end the thread."""
+        """Finish what was taken on, then end the threads."""
         with self._changed:
             self.stopping = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     @property
@@ -120,23 +143,31 @@ class EngineQueue:
             raise RequestError(503, "the server is stopping; try again", retry_after=5)
         if not self.ready:
             raise RequestError(503, "the model is warming up; try again", retry_after=2)
-        if self.admitted + count > self.max_queue:
-            wait = max(1, math.ceil(self.times.seconds(self.admitted)))
+        if not self._has_room(count):
+            wait = max(1, math.ceil(self.pace.seconds(self.admitted)))
             raise RequestError(503, "all places in the queue are taken; try again", retry_after=wait)
+
+    def _has_room(self, count: int = 1) -> bool:
+        films = self.admitted + count
+        in_time = films <= self.least_queue or self.pace.seconds(films) <= self.max_wait_s
+        return films <= self.max_queue and in_time
 
     @contextmanager
     def admit(self) -> Iterator[None]:
         """A place for one film, from before it is decoded until it is answered; RequestError 503 when none is left."""
         self.require_room()
+        if not self.admitted:
+            self.pace.resume()
         self.admitted += 1
         try:
             yield
         finally:
             self.admitted -= 1
+            self.pace.answered()
 
     async def place(self) -> AbstractContextManager[None]:
         """As `admit`, but waits for a place while the queue is full; the caller's deadline ends the wait."""
-        while self.ready and not self.stopping and self.admitted >= self.max_queue:
+        while self.ready and not self.stopping and not self._has_room():
             await asyncio.sleep(0.01)
         return self.admit()
 
@@ -149,16 +180,25 @@ class EngineQueue:
             self._changed.notify()
         return job.future
 
-    # --- in the engine's thread ---
+    # --- in the engine's threads ---
 
-    def _work(self) -> None:
+    def _begin(self) -> None:
+        """Warm up, then work with the other threads until all is done."""
         try:
             self._warm_up()
         except Exception:
             log.exception("the engine failed to warm up")
             self._on_failure()
             return
+        others = [threading.Thread(target=self._work, name="engine", daemon=True) for _ in range(self.lanes - 1)]
+        for thread in others:
+            thread.start()
         self.ready = True
+        self._work()
+        for thread in others:
+            thread.join()
+
+    def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
             if batch:
                 self._answer(batch)
@@ -204,11 +244,13 @@ class EngineQueue:
         started = time.perf_counter()
         try:
             if batch[0].is_call:
-                results: Sequence[Any] = [batch[0].item()]
+                with self._calling:
+                    results: Sequence[Any] = [batch[0].item()]
             else:
                 results = self._run([job.item for job in batch])
                 seconds = time.perf_counter() - started
-                self.times.observe(len(batch), seconds)
+                with self._changed:
+                    self.times.observe(len(batch), seconds)
                 self._on_batch(len(batch), seconds, started - batch[0].arrived)
             self._deliver(batch, results, None)
         except Exception as error:

@@ -2,9 +2,9 @@
 
     python benchmarks/fuzz_api.py --bodies 5000
 
-Starts the server on a small untrained model (or asks --url), sends mutated JPEG, PNG, TIFF, DICOM and multipart bodies,
-and prints how often each status came back, the slowest answer and the growth of the server's memory. Exits with 1 on
-any 5xx but an honest 503, a dropped connection or an answer slower than --hang seconds. Films are synthetic.
+Starts the server on a small untrained model, sends mutated JPEG, PNG, TIFF, DICOM and multipart bodies, and prints how
+often each status came back, the slowest answer and the growth of the server's memory. Exits with 1 on any 5xx but an
+honest 503, a dropped connection or an answer slower than --hang seconds. Films are synthetic.
 """
 
 from __future__ import annotations

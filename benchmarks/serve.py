@@ -6,7 +6,7 @@
 
 Posts JPEGs from a second process on loopback and prints, in this order:
 1. throughput with 16 clients over that of the bare engine fed by the same decoder in one process (A B A B …), with the
-   load generator's own share of the processor;
+   load generator's own share of the processor, and both as processor time a film, which other processes disturb less;
 2. p99 at 70 % of that throughput over the latency of one client alone, arrivals even and Poisson;
 3. the ratios to a plain FastAPI handler that runs torch per request, and to LitServe with the same engine (A B A B …);
 4. three times the throughput for a minute: every request answered, accepted ones in time, recovery; the growth of
@@ -63,8 +63,8 @@ def percentile(latencies: list[float], share: float) -> float:
     return float(np.quantile(latencies, share)) * 1000 if latencies else float("nan")
 
 
-def bare(source: str, paths: list[Path], seconds: float, max_batch: int) -> float:
-    """Films per second of decoder and engine in one process, without a server; run in a process of its own."""
+def bare(source: str, paths: list[Path], seconds: float, max_batch: int) -> tuple[float, float]:
+    """Films per second of decoder and engine without a server, and processor seconds a film; needs its own process."""
     import predictor
     from inference_api import one_thread_a_core
     from preprocess import apply, decode
@@ -79,16 +79,16 @@ def bare(source: str, paths: list[Path], seconds: float, max_batch: int) -> floa
 
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         ahead = [pool.submit(image, index) for index in range(2 * max_batch)]
-        done, count, started = 0, len(ahead), 0.0
+        done, count, started, cpu = 0, len(ahead), 0.0, 0.0
         while not started or time.perf_counter() - started < seconds:
             batch = [future.result() for future in ahead[:max_batch]]
             ahead = [*ahead[max_batch:], *(pool.submit(image, count + index) for index in range(max_batch))]
             count += max_batch
             loaded.exact_outputs(np.stack(batch))
             if count == 5 * max_batch:  # the first batches warm up
-                started, done = time.perf_counter(), -max_batch
+                started, cpu, done = time.perf_counter(), time.process_time(), -max_batch
             done += max_batch
-        return done / (time.perf_counter() - started)
+        return done / (time.perf_counter() - started), (time.process_time() - cpu) / done
 
 
 class Bench:
@@ -100,20 +100,25 @@ class Bench:
 
     def closed(self, url: str, seconds: float | None = None, clients: int = 16) -> dict[str, Any]:
         """A closed loop of `clients`, after a short one that warms up."""
-        load(url, self.paths, "--clients", str(clients), "--seconds", "1")
+        self.warm(url, clients)
         words = ["--clients", str(clients), "--seconds", str(seconds or self.arguments.seconds)]
         return load(url, self.paths, *words)
 
-    def bare_rate(self) -> float:
+    def warm(self, url: str, clients: int = 16) -> None:
+        """A second of a closed loop."""
+        load(url, self.paths, "--clients", str(clients), "--seconds", "1")
+
+    def bare_rate(self) -> tuple[float, float]:
         """`bare` in a process of its own."""
         code = (
             f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;"
             "from benchmarks.serve import bare;"
-            f"print(bare({self.served[1]!r}, [Path(p) for p in {[str(p) for p in self.paths]!r}],"
+            f"print(*bare({self.served[1]!r}, [Path(p) for p in {[str(p) for p in self.paths]!r}],"
             f" {self.arguments.seconds}, {self.arguments.max_batch}))"
         )
         ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        return float(ended.stdout.split()[-1])
+        rate, cpu_s = map(float, ended.stdout.split()[-2:])
+        return rate, cpu_s
 
     def server(self) -> Server:
         """Ours."""
@@ -121,13 +126,16 @@ class Bench:
 
     def throughput(self) -> float:
         """Part 1; the median of the server's films per second."""
-        pairs, shares, server_shares = [], [], []
+        pairs, shares, server_shares, cpu_pairs = [], [], [], []
         for _ in range(self.arguments.rounds):
-            alone = self.bare_rate()
+            alone, alone_cpu_s = self.bare_rate()
             with self.server() as server:
+                self.warm(server.url)
                 before = server.cpu_s()
-                report = self.closed(server.url)
-                server_shares.append((server.cpu_s() - before) / report["seconds"])
+                report = load(server.url, self.paths, "--clients", "16", "--seconds", str(self.arguments.seconds))
+                server_cpu_s = server.cpu_s() - before
+            server_shares.append(server_cpu_s / report["seconds"])
+            cpu_pairs.append((alone_cpu_s, server_cpu_s / sum(report["statuses"].values())))
             shares.append(report["cpu_s"] / report["seconds"])
             pairs.append((alone, report["films_per_s"]))
         ratio = statistics.median(served / alone for alone, served in pairs)
@@ -139,12 +147,15 @@ class Bench:
             "generator_cores": statistics.median(shares),
             "server_cores": statistics.median(server_shares),
             "pairs": pairs,
+            "cpu_s_a_film": cpu_pairs,
         }
+        bare_ms, served_ms = (1000 * statistics.median(values) for values in zip(*cpu_pairs))
         print(
             f"16 clients: {rate:.1f} films/s of {self.found['throughput']['bare_films_per_s']:.1f} bare = {ratio:.1%} "
             f"(of {len(pairs)} pairs: {', '.join(f'{b / a:.1%}' for a, b in pairs)}); of {os.cpu_count()} "
             f"cores the generator used {statistics.median(shares):.3f}, "
-            f"the server {statistics.median(server_shares):.2f}"
+            f"the server {statistics.median(server_shares):.2f}; processor time a film: {served_ms:.2f} ms, bare "
+            f"{bare_ms:.2f} = {bare_ms / served_ms:.1%}"
         )
         return rate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from errors import RequestError
-from serving_queue import EngineQueue, TimeModel
+from serving_queue import EngineQueue, Pace, TimeModel
 
 
 def run(
@@ -56,7 +57,6 @@ def test_the_time_of_a_batch_is_fitted_as_slope_and_offset() -> None:
     for count in [1, 4, 2, 8, 3] * 10:
         times.observe(count, 0.002 * count + 0.005)
     assert times.coefficients() == pytest.approx((0.002, 0.005))
-    assert times.seconds(10) == pytest.approx(0.025)
     assert times.fitting(0.0151, most=64) == 5 and times.fitting(0.001, most=64) == 1 and times.fitting(9, most=8) == 8
 
 
@@ -115,9 +115,31 @@ def test_a_batch_is_kept_within_the_latency_budget() -> None:
     run(test, engine, budget_s=2.5)
 
 
-def test_a_full_queue_refuses_at_once_with_the_time_to_come_back() -> None:
+def settle(queue: EngineQueue, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the queue have answered one film after `seconds`; time stands still afterwards."""
+    now = [0.0]
+    monkeypatch.setattr("serving_queue.time.perf_counter", lambda: now[0])
+    with queue.admit():
+        now[0] = seconds
+
+
+def test_the_pace_is_the_time_between_answers_while_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("serving_queue.time.perf_counter", lambda: now[0])
+    pace = Pace()
+    assert pace.seconds(5) == 0
+    for start in (0.0, 100.0, 2000.0):  # idle in between
+        now[0] = start
+        pace.resume()
+        for step in (1, 2, 3):
+            now[0] = start + 0.5 * step
+            pace.answered()
+    assert pace.seconds(5) == pytest.approx(2.5)
+
+
+def test_a_full_queue_refuses_at_once_with_the_time_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(queue: EngineQueue) -> None:
-        queue.times.observe(1, 1.5)
+        settle(queue, monkeypatch, 1.5)
         with queue.admit(), queue.admit():
             with pytest.raises(RequestError, match="places in the queue are taken") as caught, queue.admit():
                 pass
@@ -126,6 +148,66 @@ def test_a_full_queue_refuses_at_once_with_the_time_to_come_back() -> None:
             assert queue.admitted == 1
 
     run(test, lambda items: items, max_queue=2)
+
+
+def test_a_film_that_would_wait_too_long_is_refused_but_the_least_queue_is_always_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(queue: EngineQueue) -> None:
+        settle(queue, monkeypatch, 0.5)
+        with contextlib.ExitStack() as places:
+            for _ in range(3):
+                places.enter_context(queue.admit())
+            with pytest.raises(RequestError, match="places in the queue are taken") as caught:
+                queue.require_room()
+            assert caught.value.retry_after == 2
+            queue.least_queue = 5
+            for _ in range(2):
+                places.enter_context(queue.admit())
+            with pytest.raises(RequestError, match="places in the queue are taken"):
+                queue.require_room()
+
+    run(test, lambda items: items, max_queue=8, max_wait_s=1.6)
+
+
+def test_lanes_compute_at_the_same_time_and_each_takes_the_next_film_as_soon_as_it_is_free() -> None:
+    meet = threading.Barrier(2)
+    slow = threading.Event()
+    seen: list[int] = []
+
+    def compute(items: Sequence[int]) -> list[int]:
+        if items[0] < 2:
+            meet.wait(10)  # broken unless both films are in work together
+        if items[0] == 0:
+            assert slow.wait(10)
+        seen.extend(items)
+        return [item * 10 for item in items]
+
+    async def test(queue: EngineQueue) -> None:
+        first, *rest = [queue.submit(number) for number in range(6)]
+        assert await asyncio.gather(*rest) == [10, 20, 30, 40, 50]
+        assert not first.done()
+        slow.set()
+        assert await first == 0 and seen == [1, 2, 3, 4, 5, 0]
+
+    run(test, compute, max_batch=1, lanes=2)
+
+
+def test_calls_never_run_at_the_same_time() -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def call() -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+
+    async def test(queue: EngineQueue) -> None:
+        await asyncio.gather(*(queue.submit(call, is_call=True) for _ in range(6)))
+        assert max(most) == 1
+
+    run(test, lambda items: items, lanes=3)
 
 
 def test_a_film_waits_for_a_place_where_its_request_was_admitted() -> None:
