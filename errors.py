@@ -26,6 +26,10 @@ class CheckpointError(UserError):
     """A checkpoint or weights file that is missing, damaged, of another model or of a newer format."""
 
 
+class CollectiveError(Exception):
+    """Processes of one run that no longer answer one another: no mistake of the user, and another start may go well."""
+
+
 class ServingError(UserError):
     """A request or a server setting that cannot be honoured."""
 

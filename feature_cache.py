@@ -14,13 +14,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +31,7 @@ from data_preprocessing import Batch, FilmBatches, Request
 from engines import FloatEngine, InputScaling, OpenVinoFloatEngine, TorchFloatEngine, openvino_version
 from models import Classifier
 from preprocess import PreprocessSpec
+from process_group import ALONE, Group
 from runtime import Interrupted, StopRequest, log, progress, write_text
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -48,6 +48,7 @@ CLEARLY_FASTER = 1.2
 PROBE_FILMS = 16
 EXTRACTION_BATCH = {"cpu": 16, "cuda": 128}
 """Films at a time, by device."""
+SHARED = "the frozen layers' outputs, computed by all processes of this machine"
 
 
 class CannotCache(Exception):
@@ -324,10 +325,12 @@ def open_features(
     precision: str,
     engine: str | None = None,
     stop: StopRequest | None = None,
+    group: Group = ALONE,
 ) -> tuple[FeatureCache, int | None]:
     """The features of `model`'s frozen part, computed first if need be, and the position of the cut.
 
-    CannotCache when the network cannot be cut, or neither disk nor policy allows the file.
+    The processes of a machine share the work and the file. CannotCache when the network cannot be cut, or neither disk
+    nor policy allows the file.
     """
     cut = cut_model(model, spec)
     views = views if train_set.augmenter is not None else 1
@@ -336,20 +339,17 @@ def open_features(
     key = [cut.digest, _films_digest(train_set, views), _films_digest(val_set, 1), np.dtype(dtype).name, precision]
     path = folder / "features" / f"{array_cache.key_of(key)}.npy"
     started = time.perf_counter()
+    work = _Extraction(cut, train_set, val_set, views, dtype, device, precision, engine, stop)
+    if group.local_size > 1 and group.from_node(lambda: array_cache.checked_facts(path) is None, what=SHARED):
+        build = work.shared(path, group)
+    else:
+        build = work.alone
 
-    def build(write: array_cache.Writer) -> dict[str, Any]:
-        sample = next(_films(val_set, 1, PROBE_FILMS, device))
-        known = _choice_file(cut, precision)
-        wanted = engine or (known.read_text(encoding="utf-8") if known.exists() else None)
-        chosen = choose_engine(cut, sample, device=device, precision=precision, wanted=wanted)
-        with contextlib.suppress(OSError):
-            write_text(known, chosen.name)
-        log.info("frozen layers run once on %s: %d films in %d views", chosen.name, len(train_set), views)
-        _extract(chosen, train_set, val_set, views, dtype, write, device, stop)
-        return {"engine": chosen.name}
+    def opened() -> dict[str, Any]:
+        return array_cache.open_or_build(path, shape=shape, dtype=dtype, build=build, what="feature cache", remedy="")
 
     try:
-        facts = array_cache.open_or_build(path, shape=shape, dtype=dtype, build=build, what="feature cache", remedy="")
+        facts = group.from_node(opened, what=SHARED)
     except array_cache.DataError as error:
         raise CannotCache(str(error).rstrip("; ")) from None
     log.info(
@@ -361,29 +361,101 @@ def open_features(
     return cache, cut.position
 
 
+class Chunk(NamedTuple):
+    """Films that go through the frozen layers together."""
+
+    dataset: FilmBatches
+    view: int
+    positions: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """The frozen layers' work on the films of a run."""
+
+    cut: Cut
+    train_set: FilmBatches
+    val_set: FilmBatches
+    views: int
+    dtype: Any
+    device: torch.device
+    precision: str
+    wanted: str | None
+    """Engine to take without a contest."""
+    stop: StopRequest | None
+
+    def alone(self, write: array_cache.Writer) -> dict[str, Any]:
+        """All features, by this process."""
+        engine = self._engine()
+        self._run(engine, self._chunks(), write)
+        return {"engine": engine.name}
+
+    def shared(self, path: Path, group: Group) -> Callable[[array_cache.Writer], dict[str, Any]]:
+        """What puts the array at `path` together, after each process of this machine has computed its part of it."""
+        name = group.from_node(lambda: self._engine().name, what=SHARED)
+        own = replace(self, wanted=name)
+        chunks = self._chunks()
+        start, stop = group.bounds_here(len(chunks))
+        part = path.with_suffix(f".part{group.local_rank}")
+
+        def computed() -> Path:
+            engine = own._engine()
+            try:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                with part.open("wb") as stream:
+                    own._run(engine, chunks[start:stop], lambda rows: stream.write(np.ascontiguousarray(rows).data))
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                raise CannotCache(f"{part.parent}: the feature cache cannot be written ({error.strerror})") from None
+            return part
+
+        parts = group.each(computed, what=SHARED, here=True)
+
+        def assembled(write: array_cache.Writer) -> dict[str, Any]:
+            for item in parts:
+                with item.open("rb") as stream:
+                    while block := stream.read(1 << 24):
+                        write(np.frombuffer(block, dtype=np.uint8))
+                item.unlink()
+            return {"engine": name}
+
+        return assembled
+
+    def _engine(self) -> FloatEngine:
+        sample = next(_films([Chunk(self.val_set, 1, np.arange(min(PROBE_FILMS, len(self.val_set))))], self.device))
+        known = _choice_file(self.cut, self.precision)
+        wanted = self.wanted or (known.read_text(encoding="utf-8") if known.exists() else None)
+        chosen = choose_engine(self.cut, sample, device=self.device, precision=self.precision, wanted=wanted)
+        with contextlib.suppress(OSError):
+            write_text(known, chosen.name)
+        return chosen
+
+    def _chunks(self) -> list[Chunk]:
+        """All there is to do, in the order of the array: view after view of the training films, then validation."""
+        batch = EXTRACTION_BATCH.get(self.device.type, 16)
+        return [
+            Chunk(dataset, view, np.arange(start, min(start + batch, len(dataset))))
+            for dataset, views in ((self.train_set, self.views), (self.val_set, 1))
+            for view in range(1, views + 1)
+            for start in range(0, len(dataset), batch)
+        ]
+
+    def _run(self, engine: FloatEngine, chunks: Sequence[Chunk], write: Callable[[FloatArray], object]) -> None:
+        log.info("frozen layers run once on %s: %d films in %d views", engine.name, len(self.train_set), self.views)
+        total, step = sum(len(item.positions) for item in chunks), len(chunks[0].positions) if chunks else 1
+        films = progress(_films(chunks, self.device), total=total, label="frozen layers", step=step)
+        for features in engine.stream(films):
+            write(_storable(features, self.dtype))
+            if self.stop is not None and self.stop.signal is not None:
+                raise Interrupted(
+                    self.stop.signal, "stopped while the frozen layers ran; the same command starts them again"
+                )
+
+
 def _choice_file(cut: Cut, precision: str) -> Path:
     """Where this machine notes the engine it chose: a contest of equals must not end otherwise the second time."""
     key = array_cache.key_of([cut.digest, precision, torch.__version__, str(openvino_version())])
     return array_cache.default_folder(None) / "engines" / f"{key}.txt"
-
-
-def _extract(
-    engine: FloatEngine,
-    train_set: FilmBatches,
-    val_set: FilmBatches,
-    views: int,
-    dtype: Any,
-    write: array_cache.Writer,
-    device: torch.device,
-    stop: StopRequest | None,
-) -> None:
-    batch = EXTRACTION_BATCH.get(device.type, 16)
-    films = itertools.chain(_films(train_set, views, batch, device), _films(val_set, 1, batch, device))
-    total = views * len(train_set) + len(val_set)
-    for features in engine.stream(progress(films, total=total, label="frozen layers", step=batch)):
-        write(_storable(features, dtype))
-        if stop is not None and stop.signal is not None:
-            raise Interrupted(stop.signal, "stopped while the frozen layers ran; the same command starts them again")
 
 
 def _storable(features: FloatArray, dtype: Any) -> FloatArray:
@@ -394,13 +466,11 @@ def _storable(features: FloatArray, dtype: Any) -> FloatArray:
     return stored
 
 
-def _films(dataset: FilmBatches, views: int, batch: int, device: torch.device) -> Iterator[npt.NDArray[np.uint8]]:
-    """uint8 films (B, H, W, C), view after view, in the split's order."""
-    for view in range(1, views + 1):
-        for start in range(0, len(dataset), batch):
-            positions = np.arange(start, min(start + batch, len(dataset)))
-            films = dataset.finished(dataset[Request(view, positions)], epoch=view, device=device)
-            yield films.cpu().numpy()
+def _films(chunks: Iterable[Chunk], device: torch.device) -> Iterator[npt.NDArray[np.uint8]]:
+    """uint8 films (B, H, W, C) of each chunk."""
+    for dataset, view, positions in chunks:
+        films = dataset.finished(dataset[Request(view, positions)], epoch=view, device=device)
+        yield films.cpu().numpy()
 
 
 def _films_digest(dataset: FilmBatches, views: int) -> str:

@@ -7,6 +7,7 @@ N films.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,32 +45,48 @@ def classification_loss(
     return (terms_BC if weights_C is None else terms_BC * weights_C).sum(dim=1).mean()
 
 
-def mix_batch(
-    images_BCHW: Tensor, targets_BC: Tensor, *, mixup_alpha: float, cutmix_alpha: float, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """MixUp (Zhang 2018) or CutMix (Yun 2019) of a batch with a permutation of itself; both from `rng` alone."""
+@dataclass(frozen=True)
+class Mixing:
+    """How the films of a batch are mixed with one another."""
+
+    share: float
+    """Of its own film in each result of MixUp; for CutMix, of the area kept, before the cut is rounded to pixels."""
+    partner_B: IntArray
+    """Which film each is mixed with."""
+    centre: tuple[float, float] | None
+    """Of CutMix' rectangle, as shares of height and width; None for MixUp."""
+
+
+def draw_mixing(count: int, *, mixup_alpha: float, cutmix_alpha: float, rng: np.random.Generator) -> Mixing | None:
+    """MixUp (Zhang 2018) or CutMix (Yun 2019) of `count` films, from `rng` alone; None where both are off."""
     if mixup_alpha == 0 and cutmix_alpha == 0:
-        return images_BCHW, targets_BC
+        return None
     use_cutmix = cutmix_alpha > 0 and (mixup_alpha == 0 or rng.random() < 0.5)
     alpha = cutmix_alpha if use_cutmix else mixup_alpha
-    share = float(rng.beta(alpha, alpha))
-    partner = torch.from_numpy(rng.permutation(len(images_BCHW))).to(images_BCHW.device)
-    if use_cutmix:
-        height, width = images_BCHW.shape[2:]
-        top, bottom = _cut(height, share, rng)
-        left, right = _cut(width, share, rng)
-        images_BCHW = images_BCHW.clone()
-        images_BCHW[:, :, top:bottom, left:right] = images_BCHW[partner, :, top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / (height * width)
+    share, partner_B = float(rng.beta(alpha, alpha)), rng.permutation(count)
+    return Mixing(share, partner_B, (rng.random(), rng.random()) if use_cutmix else None)
+
+
+def mix_batch(
+    images_NCHW: Tensor, targets_NC: Tensor, mixing: Mixing, *, rows_B: IntArray, partners_B: IntArray
+) -> tuple[Tensor, Tensor]:
+    """The films `rows_B` of `images_NCHW` and their targets, mixed with the films `partners_B` of the same tensors."""
+    own, partner = (torch.from_numpy(item).to(images_NCHW.device) for item in (rows_B, partners_B))
+    images_BCHW, others_BCHW = images_NCHW[own], images_NCHW[partner]
+    share = mixing.share
+    if mixing.centre is None:
+        images_BCHW = torch.lerp(others_BCHW, images_BCHW, share)
     else:
-        images_BCHW = torch.lerp(images_BCHW[partner], images_BCHW, share)
-    return images_BCHW, torch.lerp(targets_BC[partner], targets_BC, share)
+        height, width = images_NCHW.shape[2:]
+        (top, bottom), (left, right) = (_cut(side, share, at) for side, at in zip((height, width), mixing.centre))
+        images_BCHW[:, :, top:bottom, left:right] = others_BCHW[:, :, top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    return images_BCHW, torch.lerp(targets_NC[partner], targets_NC[own], share)
 
 
-def _cut(length: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
-    half = length * math.sqrt(1 - share) / 2
-    centre = rng.uniform(0, length)
-    return max(0, round(centre - half)), min(length, round(centre + half))
+def _cut(length: int, share: float, centre: float) -> tuple[int, int]:
+    half, middle = length * math.sqrt(1 - share) / 2, length * centre
+    return max(0, round(middle - half)), min(length, round(middle + half))
 
 
 SIDE_STEP = 16

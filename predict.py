@@ -8,13 +8,15 @@ unreadable.csv when films could not be read. Never stops at a bad film, never le
 
 from __future__ import annotations
 
+import collections
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import ConfigError, DataError
-from predictor import Unreadable, find_films, load
+from predictor import Prediction, Unreadable, find_cases, load, predict_together
+from process_group import ALONE, Group
 from runtime import log, progress
 
 
@@ -27,20 +29,40 @@ def predict(
     device: str = "auto",
     precision: str = "auto",
     model_type: str | None = None,
+    note: str | None = None,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
-    """Predict every film among `sources` (files or folders); counts, and the files written."""
-    paths = find_films(sources)
+    """Predict every film among `sources` (files, folders, or tables that name films); counts, and the files written.
+
+    What tables say beside the films, or `note` of every film, goes to models that read it. The processes of `group`
+    share the work; the first one writes, the others get its result.
+    """
+    cases = find_cases(sources)
+    paths = cases["path"].tolist()
     predictor = load(checkpoint, device=device, precision=precision, model_type=model_type)
-    counts = dict.fromkeys(predictor.classes, 0)
+    if note is not None and predictor.reader is None:
+        raise ConfigError(f"--text: {checkpoint} reads films alone; drop the flag")
+    predictor.attach(cases if note is None else cases.assign(text=note))
+    results = predict_together(predictor, paths, batch_size=batch_size, group=group)
+    if group.is_main:
+        written = _write(results, predictor.classes, len(paths), output_dir)
+    else:
+        collections.deque(results, maxlen=0)
+    return group.from_main(lambda: written, what="the predictions written by the first process")
+
+
+def _write(
+    results: Iterator[Prediction | Unreadable], classes: Sequence[str], count: int, output_dir: Path
+) -> dict[str, Any]:
+    counts = dict.fromkeys(classes, 0)
     unreadable: list[Unreadable] = []
     target = output_dir / "predictions.csv"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with target.open("w", newline="", encoding="utf-8") as stream:
             rows = csv.writer(stream)
-            rows.writerow(["path", "prediction", "confidence", *(f"probability_{name}" for name in predictor.classes)])
-            results = predictor.predict_files(paths, batch_size=batch_size)
-            for result in progress(results, total=len(paths), label="predicting"):
+            rows.writerow(["path", "prediction", "confidence", *(f"probability_{name}" for name in classes)])
+            for result in progress(results, total=count, label="predicting"):
                 if isinstance(result, Unreadable):
                     unreadable.append(result)
                     continue
@@ -50,12 +72,12 @@ def predict(
         listed = _write_unreadable(unreadable, output_dir)
     except OSError as error:
         raise ConfigError(f"--output-dir {output_dir}: cannot be written ({error.strerror}); name another") from None
+    if len(unreadable) == count:
+        raise DataError(f"none of the {count} films can be read: {unreadable[0].reason}; {listed} lists them all")
     for item in unreadable:
         log.warning("unreadable: %s", item.reason)
-    if len(unreadable) == len(paths):
-        raise DataError(f"none of the {len(paths)} films can be read; {listed} says why")
     return {
-        "films": len(paths),
+        "films": count,
         "predicted": counts,
         "unreadable": [item.path for item in unreadable],
         "predictions": str(target),

@@ -1,4 +1,4 @@
-"""The machine a run finds: logging, progress, device, precision, seeds, the run folder, the distributed context.
+"""The machine a run finds: logging, progress, device, precision, seeds, the run folder, signals.
 
 Importing it configures nothing. `setup_logging` is called once, by `main.py`. torch is imported where it is
 needed only, so that verbs without a model stay light.
@@ -19,7 +19,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -46,8 +45,11 @@ RUN_PATTERNS = (
 LIBRARIES = ("torch", "torchvision", "timm", "albumentations", "numpy", "scikit-learn", "pillow")
 
 
-def setup_logging(*, quiet: bool) -> None:
-    """Plain lines on stderr; `quiet` keeps warnings only. stdout stays free for results."""
+def setup_logging(*, quiet: bool, speaks: bool = True) -> None:
+    """Plain lines on stderr; `quiet` keeps warnings only. stdout stays free for results.
+
+    A process that does not speak, one of many, logs errors alone.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
@@ -57,7 +59,7 @@ def setup_logging(*, quiet: bool) -> None:
     # Nor do matplotlib's on fonts that lack a sign, or torch's on a pickle that is refused a moment later.
     warnings.filterwarnings("ignore", message="Glyph .* missing from font|constrained_layout not applied")
     warnings.filterwarnings("ignore", message="Detected pickle protocol")
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.setLevel(logging.ERROR if not speaks else logging.WARNING if quiet else logging.INFO)
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -153,20 +155,6 @@ def _run_label(folder: Path) -> str:
 
 
 # --- device and precision --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """Which process of how many this is."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
-        return self.rank == 0
 
 
 def cpu_flags() -> frozenset[str]:
@@ -329,15 +317,22 @@ class Interrupted(Exception):
     """A run ended by a signal after saving; `number` is the signal's."""
 
     def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
+        super().__init__(number, message)  # both: an exception crosses to other processes as its arguments
+        self.number, self.message = number, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM while active; the loop looks at it between steps. A second signal ends at once."""
+    """Set by Ctrl-C or SIGTERM while active; the loop looks at it between steps. A second signal ends at once.
 
-    def __init__(self) -> None:
+    Not with `of_many`: a scheduler and torchrun may each send one to a process of many, and torchrun ends what lingers.
+    """
+
+    def __init__(self, *, of_many: bool = False) -> None:
         self.signal: int | None = None
+        self._of_many = of_many
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -354,6 +349,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if self._of_many:
+                return
             raise KeyboardInterrupt
         self.signal = number
         log.warning("%s: finishing this step, then saving (again to stop at once)", signal.Signals(number).name)

@@ -107,10 +107,16 @@ IMAGES = torch.arange(4 * 3 * 8 * 8, dtype=torch.float32).reshape(4, 3, 8, 8)
 TARGETS = torch.eye(4)
 
 
+def mixed(images: torch.Tensor, **drawn: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    mixing = train.draw_mixing(4, **drawn)
+    assert mixing is not None
+    return train.mix_batch(images, TARGETS, mixing, rows_B=np.arange(4), partners_B=mixing.partner_B)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_mixup_mixes_films_and_targets_by_the_same_share(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    images, targets = train.mix_batch(IMAGES, TARGETS, mixup_alpha=1.0, cutmix_alpha=0.0, rng=rng)
+    images, targets = mixed(IMAGES, mixup_alpha=1.0, cutmix_alpha=0.0, rng=rng)
     # Targets are the identity, so each row of the mixed targets says which films went in and how much of each.
     assert torch.allclose(images, torch.einsum("bn,nchw->bchw", targets, IMAGES), rtol=1e-4)
     assert torch.allclose(targets.sum(1), torch.ones(4))
@@ -120,15 +126,16 @@ def test_mixup_mixes_films_and_targets_by_the_same_share(seed: int) -> None:
 def test_cutmix_targets_are_the_shares_of_the_area(seed: int) -> None:
     owner = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).contiguous()
     rng = np.random.default_rng(seed)
-    images, targets = train.mix_batch(owner, TARGETS, mixup_alpha=0.0, cutmix_alpha=1.0, rng=rng)
+    images, targets = mixed(owner, mixup_alpha=0.0, cutmix_alpha=1.0, rng=rng)
     for image, target in zip(images, targets):
         shares = torch.stack([(image[0] == film).float().mean() for film in range(4)])
         assert torch.allclose(shares, target, atol=1e-6)
 
 
-def test_without_mixing_the_batch_is_untouched() -> None:
-    images, targets = train.mix_batch(IMAGES, TARGETS, mixup_alpha=0.0, cutmix_alpha=0.0, rng=np.random.default_rng(0))
-    assert images is IMAGES and targets is TARGETS
+def test_without_mixing_nothing_is_drawn() -> None:
+    rng = np.random.default_rng(0)
+    assert train.draw_mixing(4, mixup_alpha=0.0, cutmix_alpha=0.0, rng=rng) is None
+    assert rng.random() == np.random.default_rng(0).random()
 
 
 def test_the_weight_average_equals_its_recursion_and_skips_frozen_weights() -> None:
