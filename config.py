@@ -57,10 +57,12 @@ class DataConfig:
     exclude: str | None = None
     """CSV with a `path` column: these films are left out of every split; with a `mark` column too (a review.csv), those
     marked exclude."""
+    films_may_lack: bool = False
+    """Rows of a manifest may have no film, only a note; train_multimodal sets it."""
     skip_unreadable: bool = False
     """Leave films that cannot be decoded out, and list them, instead of stopping."""
     batch_size: int = 32
-    """Films per optimizer step and process, before accumulation."""
+    """Films per step of each process, before accumulation."""
     image_size: int = 224
     """Side of the square the model sees, in pixels; in [16, 2048]."""
     resize: str = "squash"
@@ -191,6 +193,12 @@ class TrainingConfig:
     """The sensitivity or specificity to reach when `operating_point` names one; in (0, 1)."""
     input_gate: bool = True
     """Fit what tells, at each prediction, whether a film is like those trained on; a few per cent of the run's time."""
+    batch_norm: str = "sync"
+    """With several processes: sync (statistics of all their films, so that the result does not depend on how many there
+    are), local (of each process' own, without talk between them) or frozen (those of the first weights, also alone)."""
+    lr_scaling: str = "none"
+    """What several processes, and so larger steps, do to both rates: none, linear (times the processes; Goyal 2017) or
+    sqrt (times its root)."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoint_epoch_<N>.pth stay."""
     seed: int = 42
@@ -210,6 +218,8 @@ class TrainingConfig:
         _check_range("training", "progressive_resizing", self.progressive_resizing, 0, 2048)
         _check_choice("training", "head_start", self.head_start, ("random", "logistic"))
         _check_choice("training", "compile", self.compile, ("off", "on", "auto"))
+        _check_choice("training", "batch_norm", self.batch_norm, ("sync", "local", "frozen"))
+        _check_choice("training", "lr_scaling", self.lr_scaling, ("none", "linear", "sqrt"))
         _check_range("training", "focal_gamma", self.focal_gamma, 0, 10)
         _check_range("training", "operating_point_target", self.operating_point_target, 0.01, 0.999)
         _check_choice("training", "monitor", self.monitor, MONITORS)
@@ -239,6 +249,53 @@ MONITORS = ("auc_roc", "accuracy", "balanced_accuracy", "f1", "loss")
 
 
 @dataclass
+class MultimodalConfig:
+    """Models that read a film with a note and a table; read by train_multimodal, ignored elsewhere."""
+
+    modalities: list[str] | None = None
+    """image, text, table; None takes the film and what else the data have."""
+    fusion: str = "concatenation"
+    """How they are joined: a name of `fusion.FUSIONS`, such as concatenation, cross_attention, gated, film, bilinear,
+    late."""
+    text_model: str = "dmis-lab/biobert-base-cased-v1.2"
+    """A BERT-family model: a hub name, or a local folder with config.json, weights and tokenizer."""
+    text_layers: int = 0
+    """Last layers of the text encoder that are trained; 0 freezes all of it, -1 trains all."""
+    text_lr: float = 2e-5
+    """Peak rate of the text encoder (AdamW)."""
+    max_tokens: int = 256
+    """Tokens read of a note; the rest is cut off and said so; in [8, 8192], at most what the encoder takes."""
+    columns: list[str] | None = None
+    """Columns of the manifest that the model reads, such as age,sex; numbers are standardised, words one-hot."""
+    mask_terms: str | None = None
+    """File with a word or phrase a line: blotted out of every note, in training and in every prediction after it."""
+    width: int = 256
+    """Length of the vector that each modality becomes before they are joined; a multiple of `heads`."""
+    heads: int = 4
+    """Attention heads of cross_attention."""
+    modality_dropout: float = 0.15
+    """Probability that a row's modality is taken away in a training step, never the last one; in [0, 1)."""
+    branch_loss: float = 0.5
+    """Weight of the losses of the single-modality heads that are trained beside the fused one; above 0."""
+
+    def __post_init__(self) -> None:
+        for name in self.modalities or ():
+            _check_choice("multimodal", "modalities", name, MODALITIES)
+        _check_range("multimodal", "text_layers", self.text_layers, -1)
+        _check_range("multimodal", "text_lr", self.text_lr, 0)
+        _check_range("multimodal", "max_tokens", self.max_tokens, 8, 8192)
+        _check_range("multimodal", "heads", self.heads, 1)
+        _check_range("multimodal", "width", self.width, 1)
+        _check_range("multimodal", "modality_dropout", self.modality_dropout, 0, 1, open_high=True)
+        _check_range("multimodal", "branch_loss", self.branch_loss, 1e-6)
+        if self.width % self.heads:
+            raise ConfigError(f"multimodal.width: {self.width} is no multiple of multimodal.heads={self.heads}")
+
+
+MODALITIES = ("image", "text", "table")
+
+
+@dataclass
 class EvaluationConfig:
     """How a trained model is measured."""
 
@@ -258,6 +315,8 @@ class EvaluationConfig:
     """One of the operating points shown reaches this specificity on validation; in (0, 1)."""
     prevalence: float | None = None
     """Share of positives where the model will be used, for PPV, NPV and prior correction; in (0, 1)."""
+    adapt_prevalence: bool = False
+    """Move the operating point to the prevalence that the scores of the films themselves speak of, labels unseen."""
     subgroups: list[str] | None = None
     """Columns to compare groups by; None takes those of age, sex, view, site that the films name."""
     min_subgroup: int = 20
@@ -343,6 +402,8 @@ class ServingConfig:
     """TCP port; 0 takes a free one."""
     max_queue: int = 64
     """Films taken on at one time, from arrival to answer; the next one is refused with 503."""
+    max_wait_ms: float = 500.0
+    """A film is refused with 503 when it would be answered later than this; 2 max_batch films are always taken on."""
     max_batch: int = 8
     """Most films the engine computes together."""
     latency_budget_ms: float = 100.0
@@ -380,7 +441,7 @@ class ServingConfig:
         _check_range("serving", "port", self.port, 0, 65535)
         for name in ("max_queue", "max_batch", "max_files", "max_pixels", "rate_burst"):
             _check_range("serving", name, getattr(self, name), 1)
-        for name in ("latency_budget_ms", "rate_limit", "decode_threads"):
+        for name in ("latency_budget_ms", "max_wait_ms", "rate_limit", "decode_threads"):
             _check_range("serving", name, getattr(self, name), 0)
         for name in ("deadline_s", "body_timeout_s", "max_file_mb", "max_body_mb"):
             _check_range("serving", name, getattr(self, name), 0.001)
@@ -400,11 +461,17 @@ class RuntimeConfig:
     """Processes that prepare batches; 0 uses a thread of this one; -1 chooses."""
     threads: int = 0
     """CPU threads of torch; 0 leaves its own choice."""
+    tracker: str = "none"
+    """none, mlflow or tensorboard: who else is told of the run."""
+    collective_timeout_s: float = 600.0
+    """Seconds after which a process gives up on others that do not answer, naming what it waited for."""
 
     def __post_init__(self) -> None:
         _check_choice("runtime", "precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _check_range("runtime", "workers", self.workers, -1, 256)
         _check_range("runtime", "threads", self.threads, 0, 1024)
+        _check_choice("runtime", "tracker", self.tracker, ("none", "mlflow", "tensorboard"))
+        _check_range("runtime", "collective_timeout_s", self.collective_timeout_s, 1)
 
 
 @dataclass
@@ -414,6 +481,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    multimodal: MultimodalConfig = field(default_factory=MultimodalConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
@@ -547,8 +615,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         nested = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration file ({error})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: cannot be read as a configuration file (it is no text)") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration file ({error.strerror})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
@@ -584,16 +654,28 @@ def config_from_dict(nested: Mapping[str, Any], *, source: str) -> Config:
     return resolve(flatten(nested, source=source))
 
 
-def located(config: Config, started_in: str | None) -> Config:
-    """`config` with data paths that are not here taken from the folder its run was started in, where they are there."""
-    if started_in is None:
-        return config
+def located(config: Config, source: str | Path) -> Config:
+    """`config`, stored in the checkpoint or bundle `source`, with data paths found from another working folder too.
+
+    A relative path that is not here is taken from the nearest folder above `source` that has it: run folders mostly
+    lie in the project whose films they were trained on.
+    """
     found: dict[str, Any] = {}
     for name in ("data_dir", "manifest", "exclude"):
-        here = getattr(config.data, name)
-        if here is not None and not Path(here).exists() and (Path(started_in) / here).exists():
-            found[name] = str(Path(started_in) / here)
+        stored = getattr(config.data, name)
+        if stored is None or _is_there(Path(stored)):
+            continue
+        above = (folder / stored for folder in Path(source).resolve().parents)
+        if there := next(filter(_is_there, above), None):
+            found[name] = str(there)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **found))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # in a folder that may not be looked into
+        return False
 
 
 def to_yaml(config: Config) -> str:

@@ -16,7 +16,8 @@ import queue
 import random
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,10 @@ import torch
 import array_cache
 import dicom
 from config import DataConfig
-from csv_table import read_text_table
+from csv_table import read_films, read_text_table, refuse_repeated, refuse_rows, require_columns
 from device_augmentation import DeviceAugmenter
 from errors import ConfigError, DataError, examples, nearest
-from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, has_colour, is_film
+from preprocess import IMAGE_SUFFIXES, NO_FILM, PreprocessSpec, apply, decode, has_colour, has_film, is_film
 from runtime import log, progress, write_text
 
 Item = TypeVar("Item")
@@ -116,7 +117,8 @@ def load_manifest(config: DataConfig, *, classes: Sequence[str] | None = None) -
     """
     wanted = list(classes) if classes is not None else config.classes
     if config.manifest is not None:
-        root, rows = Path(config.manifest).resolve().parent, _read_csv(Path(config.manifest))
+        root = Path(config.manifest).resolve().parent
+        rows = _read_csv(Path(config.manifest), films_may_lack=config.films_may_lack)
     else:
         root, rows = Path(config.data_dir).resolve(), _read_folders(Path(config.data_dir))
     names = _class_names(rows["label"], wanted, where=config.manifest or config.data_dir)
@@ -157,36 +159,26 @@ def _read_folders(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["path", "label", "split"])
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    table = read_text_table(path, what="manifest")
-    for column in ("path", "label"):
-        if column not in table.columns:
-            raise DataError(
-                f"{path}: no column {column!r}{nearest(column, table.columns)}; the header must name path,label and "
-                f"may name split,patient_id,text,age,sex,view,site (found: {', '.join(table.columns)})"
-            )
-    if table.empty:
-        raise DataError(f"{path}: the manifest has no rows")
+def _read_csv(path: Path, *, films_may_lack: bool) -> pd.DataFrame:
+    header = "the header must name path,label and may name split,patient_id,text,age,sex,view,site"
+    filled = ("label",) if films_may_lack else ("path", "label")
+    table = read_films(path, what="manifest", header=header, filled=filled)
     table["split"] = table["split"] if "split" in table.columns else ""
-    _check_cells(path, table)
-    folder = path.resolve().parent
-    table["path"] = [str((folder / name).resolve()) for name in table["path"]]
-    repeated = table["path"][table["path"].duplicated()]
-    if len(repeated):
-        raise DataError(f"{path}:{repeated.index[0] + 2}: {repeated.iloc[0]} is listed twice; keep one row a film")
+    allowed = SPLITS if (table["split"] != "").any() else ("",)
+    wrong = ~table["split"].isin(list(allowed))
+    if wrong.any():
+        found = f"split {table['split'][wrong].iloc[0]!r} is not one of {', '.join(SPLITS)}"
+        refuse_rows(wrong, found, "correct the row", where=path)
+    table["path"] = film_paths(path, table["path"])
+    refuse_repeated(table["path"], where=path)
     return table
 
 
-def _check_cells(path: Path, table: pd.DataFrame) -> None:
-    for column in ("path", "label"):
-        blank = table.index[table[column].str.strip() == ""]
-        if len(blank):
-            raise DataError(f"{path}:{blank[0] + 2}: empty {column}; fill it in or delete the row")
-    allowed = set(SPLITS) if (table["split"] != "").any() else {""}
-    wrong = table.index[~table["split"].isin(list(allowed))]
-    if len(wrong):
-        found = table["split"][wrong[0]]
-        raise DataError(f"{path}:{wrong[0] + 2}: split {found!r} is not one of {', '.join(SPLITS)}; correct the row")
+def film_paths(path: Path, names: Iterable[str]) -> list[str]:
+    """The films that a CSV at `path` names, absolute; a row that names none gets a path that `has_film` refuses."""
+    folder = path.resolve().parent
+    named = (name.strip() or f"{NO_FILM}{path.stem}-{line}" for line, name in enumerate(names, start=2))
+    return [str((folder / name).resolve()) for name in named]
 
 
 def _class_names(labels: pd.Series, wanted: Sequence[str] | None, *, where: str) -> list[str]:
@@ -222,7 +214,18 @@ def _patient_ids(table: pd.DataFrame, pattern: str | None) -> list[str]:
             unplaced,
             len(table),
         )
-    return [patient or Path(path).stem for path, patient in zip(table["path"], known)]
+    own = _own_names([path for path, patient in zip(table["path"], known) if not patient])
+    return [patient or own[path] for path, patient in zip(table["path"], known)]
+
+
+def _own_names(paths: Sequence[str]) -> dict[str, str]:
+    """Path → the film's name without suffix; where several share it, as much of the path as tells them apart."""
+    names = {path: Path(path).stem for path in paths}
+    parts = 1
+    while shared := {name for name, films in Counter(names.values()).items() if films > 1}:
+        names = {p: "/".join(Path(p).parts[-parts:]) if name in shared else name for p, name in names.items()}
+        parts += 1
+    return names
 
 
 def _named_patient(regex: re.Pattern[str], path: str) -> str:
@@ -265,15 +268,14 @@ def excluded_films(path: Path) -> list[str]:
     DataError for a table without a column `path`, and for a mark that is neither exclude, keep nor empty.
     """
     listed = read_text_table(path, what="list of films to exclude")
-    if "path" not in listed.columns:
-        raise DataError(f"{path}: no column 'path'; list one film a row under that header")
+    require_columns(listed, ("path",), "list one film a row under that header", where=path)
     if "mark" not in listed.columns:
         return list(listed["path"])
     marks = listed["mark"].str.strip().str.lower()
-    unknown = listed.index[~marks.isin(["", "exclude", "keep"])]
-    if len(unknown):
-        found = listed["mark"][unknown[0]]
-        raise DataError(f"{path}:{unknown[0] + 2}: mark {found!r} is not known; write exclude, keep or nothing")
+    unknown = ~marks.isin(["", "exclude", "keep"])
+    if unknown.any():
+        found = f"mark {listed['mark'][unknown].iloc[0]!r} is not known"
+        refuse_rows(unknown, found, "write exclude, keep or nothing", where=path)
     return list(listed["path"][marks == "exclude"])
 
 
@@ -434,7 +436,7 @@ class DecodedPixels:
         self.paths, self.spec = list(paths), spec
 
     def __getitem__(self, row: int) -> Uint8Array:
-        return apply(self.spec, decode(self.paths[row], self.spec))
+        return _film_of(self.paths[row], self.spec)
 
 
 def resolve_channels(config: DataConfig, paths: Sequence[str], *, seed: int) -> int:
@@ -451,17 +453,20 @@ def resolve_channels(config: DataConfig, paths: Sequence[str], *, seed: int) -> 
     return 1
 
 
-def open_pixels(manifest: Manifest, spec: PreprocessSpec, config: DataConfig) -> tuple[Manifest, PixelStore]:
+def open_pixels(
+    manifest: Manifest, spec: PreprocessSpec, config: DataConfig, digests: Mapping[str, str] | None = None
+) -> tuple[Manifest, PixelStore]:
     """The manifest's pixels, from the cache (built on first use) or decoded on the fly.
 
-    Unreadable films stop the run with a DataError, or with `data.skip_unreadable` leave the returned manifest.
+    `digests` are the `file_digests` of its films where they are known already. Unreadable films stop the run with a
+    DataError, or with `data.skip_unreadable` leave the returned manifest.
     """
     paths = list(manifest.table["path"])
     if not config.pixel_cache:
         if config.skip_unreadable:
             raise ConfigError("data.skip_unreadable: needs data.pixel_cache=true, which finds the unreadable films")
         return manifest, DecodedPixels(paths, spec)
-    store, unreadable = cached_pixels(paths, spec, array_cache.default_folder(config.cache_dir))
+    store, unreadable = cached_pixels(paths, spec, array_cache.default_folder(config.cache_dir), digests)
     if unreadable and not config.skip_unreadable:
         raise DataError(
             f"{len(unreadable)} of {len(paths)} films cannot be read: {next(iter(unreadable.values()))}"
@@ -475,16 +480,17 @@ def open_pixels(manifest: Manifest, spec: PreprocessSpec, config: DataConfig) ->
     return Manifest(kept, manifest.classes, manifest.root), store
 
 
-def cached_pixels(paths: Sequence[str], spec: PreprocessSpec, folder: Path) -> tuple[CachedPixels, dict[str, str]]:
+def cached_pixels(
+    paths: Sequence[str], spec: PreprocessSpec, folder: Path, digests: Mapping[str, str] | None = None
+) -> tuple[CachedPixels, dict[str, str]]:
     """The pixels of `paths` in order, and the unreadable ones with the reason (their rows are black and unused).
 
     The cache file is keyed by the films' content, their order and the spec.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(_file_digest, paths))
+    digests = digests or file_digests(paths)
     geometry = f"{CACHE_VERSION}|{spec.image_size}|{spec.resize}|{spec.channels}"
     geometry += f"|{spec.dicom_window}|{spec.dicom_body_part}"
-    path = folder / "pixels" / f"{array_cache.key_of([geometry, *digests])}.npy"
+    path = folder / "pixels" / f"{array_cache.key_of([geometry, *(digests[name] for name in paths)])}.npy"
     facts = array_cache.open_or_build(
         path,
         shape=(len(paths), spec.image_size, spec.image_size, spec.channels),
@@ -508,14 +514,22 @@ def _decode_all(paths: Sequence[str], spec: PreprocessSpec, write: array_cache.W
     return {"unreadable": unreadable}
 
 
-def film_hashes(paths: Sequence[str]) -> IntArray:
-    """A 64-bit hash of each file's content, by which a film is known again under any name."""
+def file_digests(paths: Sequence[str]) -> dict[str, str]:
+    """Path → hash of the file's content."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(_file_digest, paths)
+        return dict(zip(paths, pool.map(_file_digest, paths)))
+
+
+def film_hashes(paths: Sequence[str], digests: Mapping[str, str] | None = None) -> IntArray:
+    """A 64-bit hash of each file's content, by which a film is known again under any name.
+
+    `digests` are their `file_digests` where they are known already: the files are then not read again.
+    """
+    digests = digests or file_digests(paths)
     return np.array(
         [
-            int.from_bytes(hashlib.blake2b(item.encode(), digest_size=8).digest(), "big", signed=True)
-            for item in digests
+            int.from_bytes(hashlib.blake2b(digests[name].encode(), digest_size=8).digest(), "big", signed=True)
+            for name in paths
         ],
         dtype=np.int64,
     )
@@ -528,9 +542,16 @@ def _file_digest(path: str) -> str:
         return f"unreadable {path} {error.errno}"
 
 
+def _film_of(path: str, spec: PreprocessSpec) -> Uint8Array:
+    """The film as a model sees it; a black one for a row that has none."""
+    if has_film(path):
+        return apply(spec, decode(path, spec))
+    return np.zeros((spec.image_size, spec.image_size, spec.channels), dtype=np.uint8)
+
+
 def _decode_or_reason(path: str, spec: PreprocessSpec) -> Uint8Array | str:
     try:
-        return np.ascontiguousarray(apply(spec, decode(path, spec)))
+        return np.ascontiguousarray(_film_of(path, spec))
     except DataError as error:
         return str(error)
 

@@ -11,8 +11,8 @@ come from validation, and the headline operating point from the checkpoint or th
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 import bundle
+import modality_report
 import plots
 import report as pages
 from assessment import assess, flow, prior_of
@@ -34,8 +35,10 @@ from estimates import FloatArray
 from figures import FIGURES, evaluation_figures
 from metrics import evaluate_predictions
 from prediction_table import Predictions, of_split, read_predictions, refuse_shared
-from predictor import Prediction, Predictor, Unreadable, load
+from predictor import Prediction, Predictor, Unreadable, load, predict_together
+from process_group import ALONE, Group
 from runtime import code_version, library_versions, log, progress, require_writable, write_json, write_text
+from text_encoder import read_terms
 
 OWN_COLUMNS = ("path", "label", "split", "patient_id", "row", "text")
 """Columns of a manifest that are not carried into predictions.csv as they are."""
@@ -47,36 +50,35 @@ def evaluate(
     *,
     output_dir: Path,
     model_type: str | None = None,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Measure `checkpoint` on the split that its configuration, overlaid by `overrides`, names; write the results.
 
-    Returns the content of metrics.json. UserError kinds for the user's mistakes.
+    Returns the content of metrics.json; of several processes, which share the predictions, only the first one measures
+    and writes, and the others return nothing. UserError kinds for the user's mistakes.
     """
+    require_writable(output_dir)
     stored, config = configured(checkpoint, overrides, model_type)
     point = _operating_point(stored.operating_point, config)
     manifest, own = evaluation_manifest(stored, config)
-    rows = manifest.split(config.evaluation.split)
-    if rows.empty:
-        raise DataError(
-            f"split {config.evaluation.split!r} has no films in {manifest.root}; there are "
-            f"{', '.join(f'{name} ({sum(counts.values())})' for name, counts in manifest.counts().items())}: choose "
-            "with --split"
-        )
+    rows = rows_of(manifest, config.evaluation.split)
     if not own:
         refuse_seen(stored, manifest, rows)
-    require_writable(output_dir)
-    films, unreadable = predict_rows(stored, manifest, rows, config)
-    validation, no_validation = validation_films(stored, manifest if own else None, config)
+    films, unreadable = predict_rows(stored, manifest, rows, config, group)
+    validation, no_validation = validation_films(stored, manifest if own else None, config, group)
+    if not group.is_main:
+        return {}
     facts = {
         "split": config.evaluation.split,
         "model": stored.config.model.model_type,
         "temperature": stored.temperature,
-        "unreadable": unreadable,
+        # The films of a report are named relative to the data: where those lie is nobody else's concern.
+        "unreadable": [reason.removeprefix(f"{manifest.root}{os.sep}") for reason in unreadable],
         "source": {
             "kind": "checkpoint",
             "file": checkpoint.name,
             # A bundle is known by its description, which holds the hashes of its other files.
-            "sha256": _sha256(checkpoint / bundle.FACTS if checkpoint.is_dir() else checkpoint),
+            "sha256": bundle.sha256(checkpoint / bundle.FACTS if checkpoint.is_dir() else checkpoint),
             "engine": stored.engine.name,
             "films_of_training": own,
             "trained_with": stored.provenance,
@@ -92,8 +94,33 @@ def evaluate(
     )
     result |= facts | {"provenance": _provenance(config)}
     result["films"] |= _flow_of(_as_table(manifest))
+    if stored.reader is not None:
+        _measure_modalities(stored, manifest, rows, config, output_dir, result, own=own)
     _write(result, films, validation, output_dir, root=manifest.root)
     return result
+
+
+def _measure_modalities(
+    stored: Predictor,
+    manifest: Manifest,
+    rows: pd.DataFrame,
+    config: Config,
+    folder: Path,
+    result: dict[str, Any],
+    *,
+    own: bool,
+) -> None:
+    """What each modality contributes, into `result`, modalities.csv and leaking_terms.txt."""
+    known = manifest.table[manifest.table["split"] != "test"] if own and config.evaluation.split == "test" else None
+    measured = modality_report.measure(stored, rows, known, config)
+    if measured is None:
+        return
+    result["modalities"] = measured.result
+    table = measured.per_case.assign(path=[manifest.relative_path(path) for path in measured.per_case["path"]])
+    write_text(folder / "modalities.csv", table.to_csv(index=False))
+    (folder / "leaking_terms.txt").unlink(missing_ok=True)
+    if measured.terms is not None:
+        write_text(folder / "leaking_terms.txt", measured.terms)
 
 
 def evaluate_table(
@@ -108,6 +135,7 @@ def evaluate_table(
     Without the second, rows of split val in the first serve as validation when another split is measured. Writes the
     results; returns the content of metrics.json.
     """
+    require_writable(output_dir)
     result, films, validation = assess_table(predictions, overrides, validation_predictions=validation_predictions)
     _write(result, films, validation, output_dir, root=predictions.resolve().parent)
     return result
@@ -145,7 +173,7 @@ def assess_table(
         "model": None,
         "temperature": None,
         "unreadable": [],
-        "source": {"kind": "predictions", "file": predictions.name, "sha256": _sha256(predictions)},
+        "source": {"kind": "predictions", "file": predictions.name, "sha256": bundle.sha256(predictions)},
         "provenance": _provenance(config) | {"data": None, "excluded_by": None},
     }
     result["films"] |= _flow_of(everything)
@@ -160,7 +188,11 @@ def configured(checkpoint: Path, overrides: Sequence[Overrides], model_type: str
     runtime = resolve(*overrides).runtime
     stored = load(checkpoint, device=runtime.device, precision=runtime.precision, model_type=model_type)
     layers = [flatten(stored.config.to_dict(), source=str(checkpoint)), *overrides]
-    return stored, resolve(*layers)
+    config = resolve(*layers)
+    if stored.reader is not None and any("multimodal.mask_terms" in layer for layer in overrides):
+        terms = read_terms(Path(config.multimodal.mask_terms)) if config.multimodal.mask_terms else []
+        stored = modality_report.masked_predictor(stored, terms)
+    return stored, config
 
 
 def _operating_point(stored: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -199,15 +231,26 @@ def evaluation_manifest(predictor: Predictor, config: Config) -> tuple[Manifest,
     return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root), False
 
 
-def refuse_seen(predictor: Predictor, manifest: Manifest, rows: pd.DataFrame) -> None:
+def rows_of(manifest: Manifest, split: str) -> pd.DataFrame:
+    """The films of one split ('all' for every film); DataError naming the splits there are when it has none."""
+    rows = manifest.split(split)
+    if rows.empty:
+        counts = (f"{name} ({sum(by_class.values())})" for name, by_class in manifest.counts().items())
+        raise DataError(
+            f"split {split!r} has no films in {manifest.root}; there are {', '.join(counts)}: choose with --split"
+        )
+    return rows
+
+
+def refuse_seen(predictor: Predictor, manifest: Manifest, rows: pd.DataFrame, *, run: str = "") -> None:
     """DataError when films of other data are, by content, films that the model was trained or chosen on."""
     seen = np.isin(film_hashes(list(rows["path"])), predictor.seen_films)
     if seen.any():
         first = manifest.relative_path(rows["path"].iloc[int(np.flatnonzero(seen)[0])])
         raise DataError(
-            f"{int(seen.sum())} of the {len(rows)} films to measure were trained or validated on, e.g. {first}: the "
-            "data are not those of training but share films with them; restore them, or leave these out with "
-            "data.exclude"
+            f"{int(seen.sum())} of the {len(rows)} films to measure were trained or validated on{run}, e.g. {first}: "
+            "the data are not those of training but share films with them; restore them, or leave these out with "
+            "--set data.exclude=FILE.csv"
         )
 
 
@@ -222,7 +265,7 @@ def _as_trained(manifest: Manifest, predictor: Predictor) -> Manifest | None:
 
 
 def validation_films(
-    predictor: Predictor, trained_on: Manifest | None, config: Config
+    predictor: Predictor, trained_on: Manifest | None, config: Config, group: Group = ALONE
 ) -> tuple[Predictions | None, str]:
     """The validation split of the training run, predicted; or None and why there is none.
 
@@ -241,17 +284,18 @@ def validation_films(
         if trained_on is None:
             return None, "the films of training have changed since, so its validation split is not known"
     log.info("predicting the validation split of training, on which operating points and calibration are chosen")
-    return predict_rows(predictor, trained_on, trained_on.split("val"), config)[0], ""
+    return predict_rows(predictor, trained_on, trained_on.split("val"), config, group)[0], ""
 
 
 def predict_rows(
-    predictor: Predictor, manifest: Manifest, rows: pd.DataFrame, config: Config
+    predictor: Predictor, manifest: Manifest, rows: pd.DataFrame, config: Config, group: Group = ALONE
 ) -> tuple[Predictions, list[str]]:
     """Every film of `rows` predicted, in order, and those that cannot be read.
 
     DataError for unreadable films unless the configuration leaves them out (they are then listed), and for none left.
     """
-    results = predictor.predict_files(list(rows["path"]), batch_size=config.data.batch_size)
+    predictor.attach(rows)
+    results = predict_together(predictor, list(rows["path"]), batch_size=config.data.batch_size, group=group)
     kept: list[Prediction] = []
     positions: list[int] = []
     unreadable: list[str] = []
@@ -335,14 +379,6 @@ def _tell_patients(films: Predictions) -> None:
 # --- the record ------------------------------------------------------------------------------------------------
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _provenance(config: Config) -> dict[str, Any]:
     return {
         "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -375,7 +411,6 @@ def _write(
     *,
     root: Path,
 ) -> None:
-    require_writable(folder)
     write_json(folder / "metrics.json", result)
     write_text(folder / "predictions.csv", predictions_csv(films, validation, result).to_csv(index=False))
     figures = evaluation_figures(films, validation, result)
@@ -418,6 +453,7 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"{name:22}{_number(item['value']):>8}   {_number(item['ci_low'])} to {_number(item['ci_high'])}")
     if reason := report.get("operating_points", {}).get("reason"):
         lines += [f"only fixed operating points: {reason}"[:80]]
+    lines += modality_report.lines(report.get("modalities"))
     return "\n".join(lines)
 
 

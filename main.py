@@ -16,12 +16,18 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from config import Config, Overrides, parse_assignment, read_yaml, resolve, to_yaml
-from errors import ConfigError, UserError, nearest
+from errors import CollectiveError, ConfigError, UserError, nearest
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from process_group import Group
 
 Arguments = argparse.Namespace
+RECIPES = Path(__file__).resolve().parent / "examples" / "recipes"
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,16 @@ FLAGS = {
     "--device": Flag("runtime.device", "auto, cpu, cuda, cuda:N or mps"),
     "--precision": Flag("runtime.precision", "auto, fp32, bf16 or fp16"),
     "--workers": Flag("runtime.workers", "processes that prepare batches; -1 chooses", int),
+    "--tracker": Flag("runtime.tracker", "none, mlflow or tensorboard (none)"),
     "--split": Flag("evaluation.split", "train, val, test or all"),
     "--positive-class": Flag("data.positive_class", "the class that is 'disease' in a binary task"),
     "--threshold": Flag(
         "evaluation.threshold", "positive from this probability (or score) on, stated in advance", float
     ),
     "--prevalence": Flag("evaluation.prevalence", "share of positives where the model will be used", float),
+    "--adapt-prevalence": Flag(
+        "evaluation.adapt_prevalence", "move the threshold to the prevalence that the scores themselves speak of", bool
+    ),
     "--subgroups": Flag("evaluation.subgroups", "columns to compare groups by, such as age,sex,view"),
     "--min-subgroup": Flag("evaluation.min_subgroup", "films from which on a group is judged", int),
     "--interval": Flag("evaluation.proportion_interval", "wilson, clopper_pearson, jeffreys, agresti_coull, wilson_cc"),
@@ -83,6 +93,7 @@ EVALUATION_FLAGS = (
     "--positive-class",
     "--threshold",
     "--prevalence",
+    "--adapt-prevalence",
     "--subgroups",
     "--min-subgroup",
     "--interval",
@@ -99,9 +110,20 @@ FLAGS |= {
     "--objective": Flag("optimization.objective", "throughput (batches of 16) or latency (one film); (throughput)"),
     "--engines": Flag("optimization.engines", "of torch,compile,onnxruntime,openvino,cuda,tensorrt (all but compile)"),
 }
+FLAGS |= {
+    "--text-model": Flag("multimodal.text_model", "folder or hub name of a BERT-family model (BioBERT)"),
+    "--text-layers": Flag("multimodal.text_layers", "last layers of it to train; 0 none, -1 all (0)", int),
+    "--fusion": Flag("multimodal.fusion", "concatenation, cross_attention, gated, film, bilinear or late"),
+    "--columns": Flag("multimodal.columns", "columns of the manifest to read, such as age,sex"),
+    "--modalities": Flag("multimodal.modalities", "of image,text,table (what the data have)"),
+    "--mask-terms": Flag("multimodal.mask_terms", "file of words or phrases to blot out of every note, one a line"),
+}
+MULTIMODAL_FLAGS = tuple(name for name, flag in FLAGS.items() if flag.field.startswith("multimodal."))
 OPTIMIZATION_FLAGS = tuple(name for name, flag in FLAGS.items() if flag.field.startswith("optimization."))
 SERVING_FLAGS = tuple(name for name, flag in FLAGS.items() if flag.field.startswith("serving."))
-TRAIN_FLAGS = tuple(name for name in FLAGS if name not in (*EVALUATION_FLAGS, *OPTIMIZATION_FLAGS, *SERVING_FLAGS))
+TRAIN_FLAGS = tuple(
+    name for name in FLAGS if name not in (*EVALUATION_FLAGS, *OPTIMIZATION_FLAGS, *SERVING_FLAGS, *MULTIMODAL_FLAGS)
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,7 @@ class Verb:
     summary: str
     example: str
     flags: Sequence[str]
-    extra: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    extra: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,6 +186,8 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> Parser:
             metavar = "N" if setting.kind is int else flag.lstrip("-").split("-")[-1].upper()
             parser.add_argument(flag, dest=setting.field, type=setting.kind, metavar=metavar, help=setting.help)
     verb.extra(parser)
+    if "--weights" in verb.flags:
+        parser.add_argument("--recipe", metavar="NAME", default=None, help="settings of examples/recipes/NAME.yaml")
     parser.add_argument("--config", metavar="FILE.yaml", default=None, help="settings; flags win over the file")
     parser.add_argument(
         "--set", metavar="section.field=value", action="append", default=[], help="any setting by name; may be repeated"
@@ -174,20 +198,31 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> Parser:
 
 
 def layers(arguments: Arguments) -> list[Overrides]:
-    """The YAML file's settings, then those of the flags and --set: later wins."""
+    """The recipe's settings, the YAML file's, then those of the flags and --set: later wins."""
     flags = {name: value for name, value in vars(arguments).items() if "." in name}
     flags.update(parse_assignment(text) for text in arguments.set)
-    return [read_yaml(arguments.config) if arguments.config else {}, flags]
+    recipe = getattr(arguments, "recipe", None)
+    return [_recipe(recipe) if recipe else {}, read_yaml(arguments.config) if arguments.config else {}, flags]
+
+
+def _recipe(name: str) -> Overrides:
+    """The settings of examples/recipes/NAME.yaml."""
+    known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    if name not in known:
+        raise ConfigError(f"--recipe {name}: not one of {', '.join(known)}{nearest(name, known)}")
+    return read_yaml(known[name])
 
 
 def finish(arguments: Arguments, result: dict[str, Any], words: str = "") -> int:
-    """Print the result: JSON when asked for, else `words` unless quiet."""
+    """Print the result: JSON when asked for, else `words` unless quiet. Of many processes the first one prints."""
+    if not is_main():
+        return 0
     if arguments.json:
         from runtime import to_json
 
-        print(to_json(result))
+        print(to_json(result), flush=True)
     elif words and not arguments.quiet:
-        print(words)
+        print(words, flush=True)
     return 0
 
 
@@ -195,16 +230,48 @@ def finish(arguments: Arguments, result: dict[str, Any], words: str = "") -> int
 
 
 def run_train(arguments: Arguments) -> int:
-    """Train, or go on from a checkpoint."""
+    """Train, or go on from a checkpoint; one process of several where torchrun started it."""
     import train
 
     overrides = layers(arguments)
-    if arguments.resume is None:
-        result = train.train(resolve(*overrides))
-    else:
-        path, config = train.resume_config(Path(arguments.resume), *overrides)
-        result = train.train(config, resume=path)
+    resume = Path(arguments.resume) if arguments.resume else None
+    with _processes(overrides) as group:
+        path, config = group.from_main(
+            lambda: train.configured(overrides, resume=resume, processes=group.size), what="the settings"
+        )
+        result = train.train(config, resume=path, group=group)
     return finish(arguments, dataclasses.asdict(result))
+
+
+def run_train_multimodal(arguments: Arguments) -> int:
+    """Train a model that reads films with notes and tables, or go on from a checkpoint."""
+    import case_training
+
+    overrides = layers(arguments)
+    if arguments.resume is None:
+        result = case_training.train_multimodal(resolve(*overrides))
+    else:
+        path, config = case_training.resume_config(Path(arguments.resume), *overrides)
+        result = case_training.train_multimodal(config, resume=path)
+    return finish(arguments, dataclasses.asdict(result))
+
+
+def _processes(overrides: Sequence[Overrides]) -> AbstractContextManager[Group]:
+    """The processes that torchrun started this one with; alone where it was started by itself."""
+    import process_group
+
+    runtime = resolve(*overrides).runtime
+    return process_group.joined(runtime.device, timeout_s=runtime.collective_timeout_s)
+
+
+def run_distributed(arguments: Arguments) -> int:
+    """Start `train` in several processes."""
+    import launcher
+
+    config = resolve(*layers(arguments))
+    processes = launcher.process_count(arguments.nproc_per_node, config.runtime.device)
+    words = launcher.own_words(arguments.words, ("--nproc-per-node", "--max-restarts"))
+    return launcher.launch(words, processes=processes, max_restarts=arguments.max_restarts)
 
 
 def run_evaluate(arguments: Arguments) -> int:
@@ -223,9 +290,12 @@ def run_evaluate(arguments: Arguments) -> int:
     elif arguments.validation_predictions is not None:
         raise ConfigError("--validation-predictions goes with --predictions; a checkpoint has its own validation films")
     else:
-        report = evaluate.evaluate(
-            Path(arguments.checkpoint), layers(arguments), output_dir=folder, model_type=arguments.model
-        )
+        with _processes(layers(arguments)) as group:
+            report = evaluate.evaluate(
+                _stored_model(arguments), layers(arguments), output_dir=folder, model_type=arguments.model, group=group
+            )
+        if not group.is_main:
+            return 0
     return finish(arguments, report, f"{evaluate.summary(report)}\nwritten to {folder}: report.html and its figures")
 
 
@@ -233,12 +303,12 @@ def run_compare(arguments: Arguments) -> int:
     """Compare two models on the same films."""
     import compare
 
-    tables = arguments.predictions is not None
-    first, second = (Path(name) for name in (arguments.predictions if tables else arguments.checkpoints))
-    result = (compare.compare_tables if tables else compare.compare_checkpoints)(
+    first, second = (Path(name) for name in arguments.predictions or arguments.checkpoints)
+    result = compare.compare(
         first,
         second,
         layers(arguments),
+        checkpoints=arguments.checkpoints is not None,
         output_dir=Path(arguments.output_dir),
         thresholds=arguments.thresholds,
         margin=arguments.margin,
@@ -296,15 +366,18 @@ def run_predict(arguments: Arguments) -> int:
     import predict
 
     config = resolve(*layers(arguments))
-    result = predict.predict(
-        arguments.films,
-        checkpoint=Path(arguments.checkpoint),
-        output_dir=Path(arguments.output_dir),
-        batch_size=config.data.batch_size,
-        device=config.runtime.device,
-        precision=config.runtime.precision,
-        model_type=arguments.model,
-    )
+    with _processes(layers(arguments)) as group:
+        result = predict.predict(
+            arguments.films,
+            checkpoint=_stored_model(arguments),
+            output_dir=Path(arguments.output_dir),
+            batch_size=config.data.batch_size,
+            device=config.runtime.device,
+            precision=config.runtime.precision,
+            model_type=arguments.model,
+            note=arguments.text,
+            group=group,
+        )
     return finish(arguments, result, predict.summary(result))
 
 
@@ -314,11 +387,12 @@ def run_explain(arguments: Arguments) -> int:
         return _run_review(arguments)
     if not arguments.films:
         raise ConfigError("explain: name films or folders, or ask for the worst ones of a split with --worst 24")
+    import case_explain
     import explain
 
     config = resolve(*layers(arguments))
     folder = Path(arguments.output_dir)
-    result = explain.explain(
+    result = case_explain.explain(
         arguments.films,
         checkpoint=Path(arguments.checkpoint) if arguments.checkpoint else None,
         bundle=Path(arguments.bundle) if arguments.bundle else None,
@@ -326,8 +400,9 @@ def run_explain(arguments: Arguments) -> int:
         settings=explain.Settings(**_explain_settings(arguments, config)),
         device=config.runtime.device,
         model_type=arguments.model,
+        note=arguments.text,
     )
-    return finish(arguments, result, f"{explain.summary(result)}\nwritten to {folder}: explanation_report.html")
+    return finish(arguments, result, f"{case_explain.summary(result)}\nwritten to {folder}: explanation_report.html")
 
 
 def _explain_settings(arguments: Arguments, config: Config) -> dict[str, Any]:
@@ -367,7 +442,7 @@ def _run_review(arguments: Arguments) -> int:
 
 def run_optimize(arguments: Arguments) -> int:
     """Find the fastest way of running a checkpoint here that keeps its accuracy; 3 when there is none."""
-    import optimization
+    import case_optimization as optimization
 
     folder = Path(arguments.output_dir)
     report = optimization.optimize(
@@ -388,7 +463,18 @@ def run_api(arguments: Arguments) -> int:
     import inference_api
 
     config = resolve(*layers(arguments))
-    return inference_api.serve(Path(arguments.checkpoint or arguments.bundle), config, model_type=arguments.model)
+    return inference_api.serve(_stored_model(arguments), config, model_type=arguments.model)
+
+
+def run_crossval(arguments: Arguments) -> int:
+    """Cross-validate a recipe by patient."""
+    import crossval
+
+    folder = Path(arguments.output_dir)
+    result = crossval.crossval(
+        resolve(*layers(arguments)), folds=arguments.folds, repeats=arguments.repeats, output_dir=folder
+    )
+    return finish(arguments, result, f"{crossval.summary(result)}\nwritten to {folder}: crossval.json and its tables")
 
 
 def run_demo(arguments: Arguments) -> int:
@@ -426,17 +512,64 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+def _stored_model(arguments: Arguments) -> Path:
+    """The checkpoint or bundle named; ConfigError for a --bundle that is none."""
+    if arguments.bundle is None:
+        return Path(arguments.checkpoint)
+    if not (Path(arguments.bundle) / "bundle.json").is_file():
+        raise ConfigError(f"--bundle {arguments.bundle}: no folder that optimize finished (no bundle.json in it)")
+    return Path(arguments.bundle)
+
+
+def run_tune(arguments: Arguments) -> int:
+    """Search settings."""
+    import tune
+
+    result = tune.tune(
+        layers(arguments),
+        search=arguments.search,
+        trials=arguments.trials,
+        output_dir=Path(arguments.output_dir),
+        storage=arguments.storage,
+        study_name=arguments.study,
+    )
+    return finish(arguments, result, tune.summary(result))
+
+
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--search",
+        metavar="section.field=VALUES",
+        action="append",
+        default=[],
+        help="LOW..HIGH, LOW..HIGH:log or A|B|C; may be repeated (rates, decay, dropout and augmentation)",
+    )
+    parser.add_argument("--trials", type=int, metavar="N", default=40, help="trials of the whole study (40)")
+    parser.add_argument(
+        "--storage", metavar="URL", default=None, help="where workers share the study (SQLite in the output folder)"
+    )
+    parser.add_argument("--study", metavar="NAME", default="study", help="its name in the storage (study)")
+    parser.add_argument("--output-dir", metavar="DIR", default="tune_results", help="(tune_results)")
+
+
+def _distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", default=None, help="processes (one a visible GPU)")
+    parser.add_argument(
+        "--max-restarts", type=int, metavar="N", default=3, help="times all are started again when one is lost (3)"
+    )
+    _train_arguments(parser)
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", metavar="FILE", dest="checkpoint", help="best_model.pth of a run folder")
-    what.add_argument("--bundle", metavar="DIR", dest="checkpoint", help="a folder that optimize wrote")
+    what.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
+    what.add_argument("--bundle", metavar="DIR", default=None, help="a folder that optimize wrote")
     parser.add_argument("--model", default=None, help="only checked against the checkpoint")
+    return what
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
-    what.add_argument("--bundle", metavar="DIR", dest="checkpoint", default=None, help="a folder that optimize wrote")
+    what = _checkpoint_arguments(parser)
     what.add_argument(
         "--predictions",
         metavar="FILE.csv",
@@ -449,7 +582,6 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="films of other patients: operating points and calibration are chosen on them",
     )
-    parser.add_argument("--model", default=None, help="only checked against the checkpoint")
     parser.add_argument("--output-dir", metavar="DIR", default="evaluation_results", help="(evaluation_results)")
 
 
@@ -528,7 +660,13 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("films", nargs="+", metavar="FILE|DIR", help="image files, or folders searched through")
+    parser.add_argument(
+        "films",
+        nargs="+",
+        metavar="FILE|DIR|CSV",
+        help="image files, folders searched through, or a table with path and, for models that read them, text,age,sex",
+    )
+    parser.add_argument("--text", metavar="NOTE", default=None, help="the note of every film, for models that read one")
     _checkpoint_arguments(parser)
     parser.add_argument("--output-dir", metavar="DIR", default="predictions", help="(predictions)")
 
@@ -537,6 +675,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "films", nargs="*", metavar="FILE|DIR", default=[], help="image files, or folders searched through"
     )
+    parser.add_argument("--text", metavar="NOTE", default=None, help="the note of every film, for models that read one")
     parser.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
     parser.add_argument(
         "--bundle", metavar="DIR", default=None, help="explain the checkpoint that this bundle was made from"
@@ -575,11 +714,10 @@ def _optimize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", metavar="DIR", default="optimized_models", help="(optimized_models)")
 
 
-def _api_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
-    what.add_argument("--bundle", metavar="DIR", default=None, help="a folder that optimize wrote")
-    parser.add_argument("--model", default=None, help="only checked against the checkpoint")
+def _crossval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folds", type=int, metavar="K", default=5, help="parts, each held out once (5)")
+    parser.add_argument("--repeats", type=int, metavar="R", default=1, help="times all of it, with other folds (1)")
+    parser.add_argument("--output-dir", metavar="DIR", default="crossval_results", help="(crossval_results)")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -608,11 +746,39 @@ VERBS = {
         (*TRAIN_FLAGS, "--positive-class"),
         _train_arguments,
     ),
+    "train_multimodal": Verb(
+        run_train_multimodal,
+        "fine-tune a network on films with clinical notes and values; measure what the fusion adds with evaluate",
+        "python main.py train_multimodal --manifest cases.csv --epochs 30",
+        (*(name for name in TRAIN_FLAGS if name != "--head-search"), *MULTIMODAL_FLAGS, "--positive-class"),
+        _train_arguments,
+    ),
+    "crossval": Verb(
+        run_crossval,
+        "K-fold cross-validation by patient on all but the test films: to choose a recipe by",
+        "python main.py crossval --model resnet50 --epochs 10 --folds 5 --repeats 2",
+        (*TRAIN_FLAGS, "--positive-class", "--level"),
+        _crossval_arguments,
+    ),
+    "distributed": Verb(
+        run_distributed,
+        "train in several processes of this machine, one a GPU; the same run as train's",
+        "python main.py distributed --model resnet50 --epochs 50",
+        (*TRAIN_FLAGS, "--positive-class"),
+        _distributed_arguments,
+    ),
+    "tune": Verb(
+        run_tune,
+        "search any settings on validation, breaking off what is clearly worse; several workers may share a study",
+        "python main.py tune --model resnet50 --epochs 10 --trials 40 --search training.learning_rate=1e-4..1e-2:log",
+        (*TRAIN_FLAGS, "--positive-class"),
+        _tune_arguments,
+    ),
     "evaluate": Verb(
         run_evaluate,
         "measure a checkpoint, or any predictions.csv, with intervals, and write a report",
         "python main.py evaluate --checkpoint checkpoints/best_model.pth",
-        (*DATA_FLAGS, *EVALUATION_FLAGS, "--seed", *DEVICE_FLAGS),
+        (*DATA_FLAGS, *EVALUATION_FLAGS, "--seed", "--mask-terms", *DEVICE_FLAGS),
         _evaluate_arguments,
     ),
     "compare": Verb(
@@ -655,13 +821,13 @@ VERBS = {
         "serve predictions over HTTP, with a page at /",
         "python main.py api --checkpoint checkpoints/best_model.pth --port 8000",
         (*SERVING_FLAGS, "--threshold", *DEVICE_FLAGS),
-        _api_arguments,
+        _checkpoint_arguments,
     ),
     "config": Verb(
         run_config,
         "print the resolved configuration as YAML",
         "python main.py config --set training.num_epochs=5",
-        (*TRAIN_FLAGS, *EVALUATION_FLAGS, *OPTIMIZATION_FLAGS, *SERVING_FLAGS),
+        (*TRAIN_FLAGS, *MULTIMODAL_FLAGS, *EVALUATION_FLAGS, *OPTIMIZATION_FLAGS, *SERVING_FLAGS),
     ),
     "doctor": Verb(
         run_doctor,
@@ -691,6 +857,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if extras:
         of_verb[arguments.verb].refuse(extras)
+    arguments.words = words[1:]
     return _run(arguments)
 
 
@@ -700,20 +867,26 @@ def _run(arguments: Arguments) -> int:
     def terminate(number: int, frame: object) -> NoReturn:
         raise Interrupted(number, "stopped before there was anything to save")
 
-    setup_logging(quiet=arguments.quiet)
+    setup_logging(quiet=arguments.quiet, speaks=is_main())
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         return VERBS[arguments.verb].run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_once(f"error: {error}")
         return 2
+    except CollectiveError as error:
+        _say_once(f"error: {error}")
+        return 1
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        _say_once(str(stopped))
         return 128 + stopped.number
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output, as in `| head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that SIGPIPE ended
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
@@ -722,6 +895,18 @@ def _run(arguments: Arguments) -> int:
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
+
+
+def is_main() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say_once(line: str) -> None:
+    """Print `line` on stderr; of many processes that fail together the first one does."""
+    joined = sys.modules.get("process_group")
+    if joined.speaks_first() if joined is not None else is_main():
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

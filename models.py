@@ -93,18 +93,18 @@ class Classifier(nn.Module):
         """Like nn.Module.train, but modules with nothing left to train stay in eval mode."""
         super().train(mode)
         if mode:
-            _keep_frozen_still(self.backbone)
+            keep_frozen_still(self.backbone)
         return self
 
 
-def _keep_frozen_still(module: nn.Module) -> bool:
+def keep_frozen_still(module: nn.Module) -> bool:
     """Put every fully frozen submodule into eval mode; whether `module` has a trainable parameter."""
     parameters = list(module.parameters())
     if parameters and not any(item.requires_grad for item in parameters):
         module.eval()
         return False
     for child in module.children():
-        _keep_frozen_still(child)
+        keep_frozen_still(child)
     return True
 
 
@@ -262,7 +262,7 @@ def _pretrained_file(name: str) -> Path:
         f"give a local file with --weights FILE.safetensors, start from random with --no-pretrained, or fill the "
         f"cache folder {constants.HF_HUB_CACHE} (repository {repository})"
     )
-    if not _hub_answers(constants.ENDPOINT):
+    if not hub_answers(constants.ENDPOINT):
         raise CheckpointError(f"model.pretrained: no weights of {name!r} in the cache and no hub in reach; {help_line}")
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
@@ -272,7 +272,7 @@ def _pretrained_file(name: str) -> Path:
         ) from None
 
 
-def _hub_answers(endpoint: str) -> bool:
+def hub_answers(endpoint: str) -> bool:
     """Whether the hub's port opens in seconds; its own client would retry for most of a minute."""
     import os
 

@@ -12,25 +12,34 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 import bundle
 import checkpoint
+from case_engine import CaseOnnxEngine, CaseTorchEngine
 from config import Config, config_from_dict, located
+from csv_table import read_text_table, require_columns
+from data_preprocessing import film_paths
 from engines import ONNX_ENGINES, Engine, TorchEngine, onnx_engine, why_absent
 from errors import CheckpointError, ConfigError, DataError, examples
 from models import model_from_config
+from multimodal import CaseReader, build_model, read_state
 from narrowing import narrow
-from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, is_film, spec_from_dict
+from preprocess import IMAGE_SUFFIXES, PreprocessSpec, apply, decode, has_film, is_film, spec_from_dict
+from process_group import Group
 from runtime import log, memory_advice, resolve_device, resolve_precision
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
+SHARED_BLOCK = 1024
+"""Films of each process between two exchanges of predictions: what is held stays bounded."""
 WIDEN_FROM = 64
 """From this many films on it pays to find out whether one call may hold several."""
 
@@ -74,14 +83,20 @@ class Predictor:
         provenance: dict[str, Any],
         seen_films: npt.NDArray[np.int64],
         input_gate: dict[str, Any] | None = None,
+        reader: CaseReader | None = None,
     ) -> None:
         self.engine, self.spec, self.classes = engine, spec, tuple(classes)
         self.temperature, self.operating_point = temperature, operating_point
         self.config, self.provenance = config, provenance
         self.seen_films, self.input_gate = seen_films, input_gate
+        # What makes a case of a film with its note and table, where the model reads those; and what is known of films.
+        self.reader = reader
+        self.branches: dict[str, dict[str, Any]] = {}
+        """Modality → temperature and operating point of its own head."""
+        self.notes: dict[str, dict[str, Any]] = {}
         # Films per engine call where an answer must not depend on its neighbours: a kernel is chosen by shape, so calls
         # of one shape agree to the last bit. A GPU is left idle by one film, hence 16 there, filled up with black.
-        self.call_sizes: tuple[int, ...] = (16,) if engine_device(engine) == "cuda" else (1,)
+        self.call_sizes: tuple[int, ...] = (16,) if engine_device(engine) == "cuda" and reader is None else (1,)
 
     @property
     def positive_class(self) -> str | None:
@@ -92,6 +107,11 @@ class Predictor:
     def threshold(self) -> float:
         """Probability of the positive class from which a film is called positive."""
         return float(self.operating_point.get("threshold", 0.5))
+
+    @property
+    def lanes(self) -> int:
+        """Threads that may call `exact_outputs` at the same time and be faster for it."""
+        return getattr(self.engine, "lanes", 1)
 
     def probabilities(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
         """Calibrated probabilities (B, classes) of preprocessed uint8 films (B, S, S, C)."""
@@ -111,7 +131,7 @@ class Predictor:
 
     def widen_calls(self, *, most: int = 8) -> None:
         """Let one call hold up to `most` films if no bit of eight noise films' answers changes by it."""
-        if self.call_sizes != (1,) or getattr(self.engine, "stream", None):
+        if self.call_sizes != (1,) or getattr(self.engine, "stream", None) or self.reader is not None:
             return
         side, channels = self.spec.image_size, self.spec.channels
         films = np.random.default_rng(0).integers(0, 256, (most, side, side, channels), dtype=np.uint8)
@@ -139,6 +159,10 @@ class Predictor:
             for path, image in zip(chunk, images):
                 yield image if isinstance(image, Unreadable) else self._prediction(path, next(rows))
 
+    def predict_list(self, paths: Sequence[str], *, batch_size: int) -> list[Prediction | Unreadable]:
+        """The same, all at once."""
+        return list(self.predict_files(paths, batch_size=batch_size))
+
     def _decoded_batches(
         self, paths: Sequence[str], batch_size: int
     ) -> Iterator[tuple[list[str], list[npt.NDArray[np.uint8] | Unreadable]]]:
@@ -148,22 +172,77 @@ class Predictor:
             ahead: list[tuple[list[str], list[Future[npt.NDArray[np.uint8] | Unreadable]]]] = []
             while True:
                 while len(ahead) < 3 and (chunk := list(islice(remaining, batch_size))):
-                    ahead.append((chunk, [pool.submit(self._decode, path) for path in chunk]))
+                    ahead.append((chunk, [pool.submit(self.decoded, path) for path in chunk]))
                 if not ahead:
                     return
                 chunk, futures = ahead.pop(0)
                 yield chunk, [future.result() for future in futures]
 
-    def _decode(self, path: str) -> npt.NDArray[np.uint8] | Unreadable:
+    def decoded(self, path: str) -> npt.NDArray[Any] | Unreadable:
+        """What the engine takes of one film: the film as the model sees it, or its case."""
         try:
-            return apply(self.spec, decode(path, self.spec))
+            if self.reader is None:
+                return apply(self.spec, decode(path, self.spec))
+            film = apply(self.spec, decode(path, self.spec)) if has_film(path) else None
+            return self.case(film, self.notes.get(path))
         except DataError as error:
             return Unreadable(path, str(error))
+
+    def readable(self, paths: Sequence[str]) -> tuple[npt.NDArray[Any], list[int]]:
+        """Those of `paths` that can be read, as one array for the engine, and which they are."""
+        decoded = [self.decoded(path) for path in paths]
+        kept = {k: item for k, item in enumerate(decoded) if not isinstance(item, Unreadable)}
+        return (np.stack(list(kept.values())) if kept else self.blank(0)), list(kept)
+
+    def head_calibration(self, head: str) -> dict[str, Any]:
+        """Temperature and operating point of a modality's own head, or of the `fused` one."""
+        own = {"temperature": self.temperature, "operating_point": self.operating_point}
+        return self.branches.get(head, own)
+
+    def attach(self, table: pd.DataFrame) -> None:
+        """Remember the notes and values of a table's films (column `path`), for a model that reads them."""
+        if self.reader is None:
+            return
+        columns = [name for name in self.reader.columns if name in table]
+        if "text" in self.reader.columns and "text" not in columns:
+            log.warning("the table has no column 'text': every note counts as missing")
+        for path, *values in zip(table["path"], *(table[name] for name in columns)):
+            self.notes[path] = dict(zip(columns, values))
+
+    def blank(self, count: int) -> npt.NDArray[Any]:
+        """`count` black films (or empty cases), to warm an engine up with."""
+        side, channels = self.spec.image_size, self.spec.channels
+        if self.reader is not None:
+            return np.zeros(count, dtype=self.reader.dtype())
+        return np.zeros((count, side, side, channels), dtype=np.uint8)
+
+    def case(self, film: npt.NDArray[np.uint8] | None, note: Mapping[str, Any] | None) -> Any:
+        """A film (or None) with what is known of it, as a model that reads notes takes it: a row of its array."""
+        assert self.reader is not None
+        return self.reader.rows([film], {name: [value] for name, value in (note or {}).items()})[0]
 
     def _prediction(self, path: str, probabilities_C: FloatArray) -> Prediction:
         index = int(self.decide(probabilities_C[None])[0])
         by_class = {name: float(value) for name, value in zip(self.classes, probabilities_C)}
         return Prediction(path, self.classes[index], by_class)
+
+
+def predict_together(
+    predictor: Predictor, paths: Sequence[str], *, batch_size: int, group: Group
+) -> Iterator[Prediction | Unreadable]:
+    """`predictor.predict_files`, the work shared by the processes of `group`; every one of them gets every result.
+
+    A film's answer does not depend on who computes it, nor on its neighbours (`exact_outputs`).
+    """
+    if group.size == 1:
+        yield from predictor.predict_files(paths, batch_size=batch_size)
+        return
+    for first in range(0, len(paths), SHARED_BLOCK * group.size):
+        block = paths[first : first + SHARED_BLOCK * group.size]
+        start, stop = group.bounds(len(block))
+        own = partial(predictor.predict_list, block[start:stop], batch_size=batch_size)
+        for part in group.each(own, what="the predictions"):
+            yield from part
 
 
 def engine_device(engine: Engine) -> str:
@@ -212,6 +291,8 @@ def load(
     content = checkpoint.load(path)
     config = _stored_config(content, path, model_type)
     spec = spec_from_dict(content["preprocess"])
+    if "multimodal" in content:
+        return _load_cases(content, config, spec, path, device=device, precision=precision)
     model = model_from_config(
         config.model, num_classes=len(content["classes"]), image_size=spec.image_size, random=True
     )
@@ -233,8 +314,33 @@ def load(
     )
 
 
+def _load_cases(
+    content: dict[str, Any], config: Config, spec: PreprocessSpec, path: str | Path, *, device: str, precision: str
+) -> Predictor:
+    """The predictor of a checkpoint that reads notes or tables beside films."""
+    reader = read_state(content["multimodal"], spec)
+    model = build_model(content["multimodal"], config, classes=content["classes"])
+    load_state(model, content["model_state_dict"], source=str(path))
+    torch_device = resolve_device(device)
+    engine = CaseTorchEngine(model, reader, device=torch_device, precision=resolve_precision(precision, torch_device))
+    predictor = Predictor(
+        engine,
+        spec=spec,
+        classes=content["classes"],
+        temperature=float(content["temperature"]),
+        operating_point=content["operating_point"],
+        config=config,
+        provenance=content["provenance"],
+        seen_films=content["seen_films"].numpy(),
+        input_gate=content.get("input_gate"),
+        reader=reader,
+    )
+    predictor.branches = content.get("branches", {})
+    return predictor
+
+
 def _stored_config(facts: Mapping[str, Any], path: str | Path, model_type: str | None) -> Config:
-    config = located(config_from_dict(facts["config"], source=str(path)), facts["provenance"].get("started_in"))
+    config = located(config_from_dict(facts["config"], source=str(path)), path)
     if model_type is not None and model_type != config.model.model_type:
         raise ConfigError(
             f"--model {model_type}: {path} holds a {config.model.model_type}; drop the flag or correct it"
@@ -249,7 +355,10 @@ def _load_bundle(stored: bundle.Bundle, *, device: str, precision: str, model_ty
     if precision not in ("auto", name):
         raise ConfigError(f"--precision {precision}: {stored.folder} was chosen in {name}; drop the flag")
     spec = spec_from_dict(facts["preprocess"])
-    if stored.model_file is None:
+    reader = read_state(facts["multimodal"], spec) if "multimodal" in facts else None
+    if reader is not None and stored.model_file is not None:
+        engine: Engine = CaseOnnxEngine(stored.model_file, reader, precision=name, kind=facts["engine"])
+    elif stored.model_file is None:
         engine = _checkpoint_engine(stored, device=device, precision=name)
     else:
         resolve_device(device)
@@ -270,6 +379,7 @@ def _load_bundle(stored: bundle.Bundle, *, device: str, precision: str, model_ty
         provenance=facts["provenance"],
         seen_films=stored.seen_films,
         input_gate=stored.input_gate,
+        reader=reader,
     )
 
 
@@ -279,6 +389,8 @@ def _checkpoint_engine(stored: bundle.Bundle, *, device: str, precision: str) ->
     if not path.is_file() or bundle.sha256(path) != stored.facts["checkpoint"]["sha256"]:
         raise CheckpointError(f"{stored.folder}: runs the checkpoint {path}, which is gone or changed; {bundle.AGAIN}")
     plain = load(path, device=device, precision=precision.split()[0]).engine
+    if isinstance(plain, CaseTorchEngine):
+        return plain
     assert isinstance(plain, TorchEngine)
     if "compiled" not in precision:
         return plain
@@ -310,6 +422,23 @@ def load_state(model: Any, state: dict[str, Any], *, source: str) -> None:
             f"{source}: weights of another architecture: {len(wrong)} keys differ ({examples(wrong)})"
         )
     model.load_state_dict(state)
+
+
+def find_cases(sources: Sequence[str]) -> pd.DataFrame:
+    """The films among `sources` as a table with a column `path`, and what CSV tables among them say of theirs.
+
+    A table's paths are relative to it; a row may have none, if it has a note. DataError for one that names no films.
+    """
+    parts = []
+    for source in sources:
+        if Path(source).suffix.lower() != ".csv":
+            parts.append(pd.DataFrame({"path": find_films([source])}))
+            continue
+        table = read_text_table(Path(source), what="table of films")
+        require_columns(table, ("path",), "a table to predict names a film a row under that header", where=Path(source))
+        table["path"] = film_paths(Path(source), table["path"])
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True).fillna("")
 
 
 def find_films(sources: Sequence[str]) -> list[str]:

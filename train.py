@@ -10,7 +10,9 @@ temperature and operating point are chosen on validation. Legend: B batch, H hei
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import math
 import os
 import time
@@ -47,6 +49,7 @@ from data_preprocessing import (
     class_weights,
     describe,
     excluded_films,
+    file_digests,
     film_hashes,
     load_manifest,
     open_pixels,
@@ -73,7 +76,9 @@ from models import (
     parameter_groups,
 )
 from objective import (
+    Mixing,
     classification_loss,
+    draw_mixing,
     improves,
     mix_batch,
     progressive_side,
@@ -83,6 +88,7 @@ from objective import (
 )
 from predictor import load_state, softmax
 from preprocess import PreprocessSpec
+from process_group import ALONE, Group, launch_name
 from runtime import (
     Interrupted,
     StopRequest,
@@ -100,6 +106,8 @@ from runtime import (
     write_json,
     write_text,
 )
+from tracking import Tracker
+from whole_batch import Rows, average_statistics, follow_whole_batch, hold_batch_norm
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
@@ -198,15 +206,18 @@ class TrainResult:
     validation: dict[str, float]
 
 
-def resume_config(path: Path, *overrides: Overrides) -> tuple[Path, Config]:
+def resume_config(path: Path, *overrides: Overrides, processes: int = 1) -> tuple[Path, Config]:
     """(checkpoint file, its configuration with the permitted overrides); a folder stands for its newest checkpoint.
 
-    ConfigError lists the fields that an override would change although they make the run what it is.
+    A step keeps its films: data.batch_size becomes what each of `processes` then has at most. ConfigError lists the
+    fields that an override would change although they make the run what it is.
     """
     if path.is_dir():
         path = checkpoint.newest(path)
     content = checkpoint.load(path)
-    stored = located(config_from_dict(content["config"], source=str(path)), content["provenance"].get("started_in"))
+    stored = located(config_from_dict(content["config"], source=str(path)), path)
+    each = math.ceil(content.get("training_state", {}).get("films_per_step", stored.data.batch_size) / processes)
+    stored = replace(stored, data=replace(stored.data, batch_size=each))
     layers = [flatten(stored.to_dict(), source=str(path)), {"runtime.output_dir": str(path.parent)}, *overrides]
     wanted = resolve(*layers)
     changed = [name for name in differing_fields(stored, wanted) if not name.startswith(RESUMABLE_CHANGES)]
@@ -219,29 +230,85 @@ def resume_config(path: Path, *overrides: Overrides) -> tuple[Path, Config]:
     return path, wanted
 
 
-def train(config: Config, *, resume: Path | None = None) -> TrainResult:
-    """Train as `config` says, or go on from the checkpoint `resume`, and fill the run folder.
+def configured(overrides: Sequence[Overrides], *, resume: Path | None, processes: int) -> tuple[Path | None, Config]:
+    """(checkpoint to go on from, configuration) of a run as the command line asks for it.
 
-    Raises UserError kinds for the user's mistakes and Interrupted after a signal, with everything saved.
+    Where torchrun starts the processes anew, that is the newest checkpoint of what it has started before.
     """
+    folder = Path(resolve(*overrides).runtime.output_dir)
+    if resume is not None and not any("runtime.output_dir" in layer for layer in overrides):
+        folder = resume if resume.is_dir() else resume.parent
+    if (left := _left_by_this_launch(folder)) is not None:
+        log.warning("started anew: going on from %s", left)
+        # The films of a step stand in the checkpoint, also when fewer processes come back.
+        kept = [{name: value for name, value in layer.items() if name != "data.batch_size"} for layer in overrides]
+        return resume_config(left, *kept, {"runtime.output_dir": str(folder)}, processes=processes)
+    if resume is None:
+        return None, resolve(*overrides)
+    return resume_config(resume, *overrides, processes=processes)
+
+
+def _left_by_this_launch(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` if it is of the torchrun that started this process."""
+    try:
+        launch = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("launch")
+    except (OSError, ValueError, AttributeError):
+        return None
+    has_any = checkpoint.epoch_files(folder) or (folder / checkpoint.INTERRUPTED).exists()
+    return checkpoint.newest(folder) if launch is not None and launch == launch_name() and has_any else None
+
+
+def train(
+    config: Config,
+    *,
+    resume: Path | None = None,
+    group: Group = ALONE,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    kind: type[Fit] | None = None,
+) -> TrainResult:
+    """Train as `config` says, or go on from the checkpoint `resume`, and fill the run folder; with all of `group`.
+
+    `kind` is the run of another kind of model, a subclass of Fit. `on_epoch` gets each row of history.csv once it is
+    written, and may end the run by raising. Raises UserError kinds for the user's mistakes and Interrupted after a
+    signal, with everything saved.
+    """
+    kind = kind or Fit
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    precision = safe_precision(config, device)
-    stored = checkpoint.load(resume) if resume else None
+    precision = group.from_main(lambda: safe_precision(config, device), what="the precision")
+    stored = group.from_main(lambda: checkpoint.load(resume) if resume else None, what="the checkpoint to go on from")
     folder = Path(config.runtime.output_dir)
-    require_writable(folder)
-    prepared = prepare(config, random_weights=stored is not None)
-    fit = Fit(config, prepared, folder=folder, device=device, precision=precision)
-    if stored is None or resume is None:
-        _open_folder(folder)
-    else:
+    group.from_main(lambda: require_writable(folder), what="the run folder")
+    trackers: list[Tracker] = []
+    group.from_main(lambda: trackers.append(Tracker(config.runtime.tracker, folder)), what="the tracker")
+    tracker = trackers[0] if trackers else Tracker("none", folder)
+    torch.manual_seed(config.training.seed)  # the generators of all processes stand alike: see whole_batch
+    prepared, drawn = group.from_node(
+        lambda: (kind.prepare(config, random_weights=stored is not None), torch.get_rng_state()),
+        what="the films and the first weights",
+    )
+    torch.set_rng_state(drawn)
+    fit = kind(config, prepared, folder=folder, device=device, precision=precision, group=group)
+    if stored is not None and resume is not None:
         fit.restore(stored, source=resume)
-        _set_later_files_aside(folder, resume, fit.standing)
-        _bring_best(folder, resume, fit.standing)
-    _write_facts(folder, config, prepared.manifest, environment(device, precision))
-    with StopRequest() as stop:
+    fit.standing = group.from_main(lambda: _arrange(fit, resume), what="the run folder")
+    fit.on_epoch = tracker.heard_by(on_epoch)
+    tracker.settings(flatten(config.to_dict(), source="the configuration"))
+    with StopRequest(of_many=group.size > 1) as stop, tracker.following(folder):
         return fit.run(stop)
+
+
+def _arrange(fit: Fit, resumed: Path | None) -> Standing:
+    """Make the run folder ready for `fit`; where the run then stands."""
+    if resumed is None:
+        _open_folder(fit.folder)
+    else:
+        _set_later_files_aside(fit.folder, resumed, fit.standing)
+        _bring_best(fit.folder, resumed, fit.standing)
+    facts = {**environment(fit.device, fit.precision), "processes": fit.group.size, "launch": launch_name()}
+    _write_facts(fit.folder, fit.config, fit.prepared.manifest, facts)
+    return fit.standing
 
 
 def safe_precision(config: Config, device: torch.device) -> str:
@@ -256,8 +323,13 @@ def safe_precision(config: Config, device: torch.device) -> str:
     return precision
 
 
-def prepare(config: Config, *, random_weights: bool = False) -> Prepared:
-    """Read, split and decode the films and build the model; the cheap checks come before the long work."""
+def prepare(
+    config: Config, *, random_weights: bool = False, build: Callable[[Manifest], Any] | None = None
+) -> Prepared:
+    """Read, split and decode the films and build the model; the cheap checks come before the long work.
+
+    `build` makes another model than the configured classifier of films.
+    """
     seed = config.training.seed
     manifest = split_manifest(load_manifest(config.data), config.data, seed=seed)
     positive_class(manifest.classes, config.data.positive_class)
@@ -268,11 +340,15 @@ def prepare(config: Config, *, random_weights: bool = False) -> Prepared:
     log.info("%s", describe(manifest))
     torch.manual_seed(seed)
     with memory_advice(config.data.batch_size):
-        model = model_from_config(
-            config.model,
-            num_classes=len(manifest.classes),
-            image_size=config.data.image_size,
-            random=random_weights,
+        model = (
+            build(manifest)
+            if build is not None
+            else model_from_config(
+                config.model,
+                num_classes=len(manifest.classes),
+                image_size=config.data.image_size,
+                random=random_weights,
+            )
         )
     mean, std = normalisation(model)
     channels = resolve_channels(config.data, list(manifest.split("train")["path"]), seed=seed)
@@ -281,8 +357,9 @@ def prepare(config: Config, *, random_weights: bool = False) -> Prepared:
         data.image_size, data.resize, channels, mean, std, data.dicom_window, data.dicom_body_part.strip().lower()
     )
     digest = manifest.digest()
-    manifest, pixels = open_pixels(manifest, spec, config.data)
-    hashes = film_hashes(list(manifest.table["path"]))
+    digests = file_digests(list(manifest.table["path"]))
+    manifest, pixels = open_pixels(manifest, spec, config.data, digests)
+    hashes = film_hashes(list(manifest.table["path"]), digests)
     audit.say_briefly(manifest, hashes, source=config.data.manifest or config.data.data_dir)
     seen = hashes[(manifest.table["split"] != "test").to_numpy()]
     on_device = config.data.augment_on == "device" or (
@@ -356,19 +433,34 @@ def _write_facts(folder: Path, config: Config, manifest: Manifest, facts: dict[s
 class Fit:
     """One run: the model with its optimizer, films, standing and folder."""
 
+    verb = "train"
+    prepare: Callable[..., Prepared] = staticmethod(prepare)
+    """Reads the films and builds the model of a run of this kind."""
+
     def __init__(
-        self, config: Config, prepared: Prepared, *, folder: Path, device: torch.device, precision: str
+        self,
+        config: Config,
+        prepared: Prepared,
+        *,
+        folder: Path,
+        device: torch.device,
+        precision: str,
+        group: Group = ALONE,
     ) -> None:
         self.config, self.prepared, self.folder = config, prepared, folder
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.group = device, precision, group
+        self.films_per_step = config.data.batch_size * group.size
         self.classes = prepared.manifest.classes
         self.positive = positive_class(self.classes, config.data.positive_class)
         self.model = prepared.model.to(device).to(memory_format=torch.channels_last)
         if device.type == "cpu":
             speed_up_depthwise(self.model)
+        self.rows = Rows()
+        self._follow_whole_batch()
         self.to_input = InputScaling(prepared.spec).to(device)
-        workers = _worker_count(config.runtime.workers, device)
+        workers = _worker_count(config.runtime.workers, device, processes=group.local_size)
         self.stop: StopRequest | None = None
+        self.on_epoch: Callable[[dict[str, float]], None] | None = None
         self.network: torch.nn.Module = self.model
         self.features: FeatureCache | None = None
         self.feature_engine: str | None = None
@@ -386,8 +478,6 @@ class Fit:
         self.check_every = CHECK_EVERY if device.type == "cuda" else 1
         self.average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
         self.weights_C = self._loss_weights()
-        batches = len(prepared.train_set) // config.data.batch_size
-        self.total_steps = settings.num_epochs * math.ceil(batches / settings.accumulation_steps)
         self.standing = Standing()
         point = {"rule": "argmax"} if self.positive is None else {"rule": "fixed", "threshold": 0.5}
         self.calibrated: dict[str, Any] = {
@@ -395,12 +485,24 @@ class Fit:
             "operating_point": {**point, "positive_class": self.positive},
         }
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        settings = self.config.training
+        batches = len(self.prepared.train_set) // self.films_per_step
+        return settings.num_epochs * math.ceil(batches / settings.accumulation_steps)
+
+    def _follow_whole_batch(self) -> None:
+        batch_norm = self.config.training.batch_norm
+        follow_whole_batch(self.model, self.rows, self.group, batch_norm=batch_norm, device=self.device)
+
     def _new_optimizer(self) -> torch.optim.AdamW:
         settings = self.config.training
+        rule = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[settings.lr_scaling]
         groups = parameter_groups(
             self.model,
-            learning_rate=settings.learning_rate,
-            backbone_lr=settings.backbone_lr,
+            learning_rate=settings.learning_rate * self.group.size**rule,
+            backbone_lr=settings.backbone_lr * self.group.size**rule,
             weight_decay=settings.weight_decay,
         )
         return torch.optim.AdamW(groups, fused=self.device.type in ("cpu", "cuda"))
@@ -416,6 +518,11 @@ class Fit:
     def run(self, stop: StopRequest) -> TrainResult:
         """Train to the last epoch, to the end of patience, or to a signal."""
         self.stop = stop
+        if self.films_per_step < self.group.size:
+            raise ConfigError(
+                f"{self.group.size} processes for steps of {self.films_per_step} films: start at most "
+                f"{self.films_per_step}, so that each has one"
+            )
         self._announce()
         started = time.perf_counter()
         if self._begins_with_features():
@@ -426,11 +533,16 @@ class Fit:
             epoch_started, first_batch = time.perf_counter(), self.standing.batch
             self._train_epoch(stop)
             trained_s = time.perf_counter() - epoch_started
-            films = (self.standing.batch - first_batch) * self.config.data.batch_size
+            films = (self.standing.batch - first_batch) * self.films_per_step
             self._close_epoch(films_per_s=films / trained_s, started=epoch_started)
-            if stop.signal is not None:
-                self._end_interrupted(stop.signal)
-        return self._finish(time.perf_counter() - started)
+            if (number := self._signal(stop)) is not None:
+                self._end_interrupted(number)
+        seconds = time.perf_counter() - started
+        return self.group.from_main(lambda: self._finish(seconds), what="the end of the run on the first process")
+
+    def _signal(self, stop: StopRequest) -> int | None:
+        """The signal at which all processes stop here, if any."""
+        return self.group.any_signal(stop.signal, what=f"the vote on stopping in epoch {self.standing.epoch}")
 
     def _finished(self) -> bool:
         settings, standing = self.config.training, self.standing
@@ -457,9 +569,13 @@ class Fit:
         # A head alone is too little work to be worth compiling.
         if self.config.training.compile != "off" and (self.features is None or self._cut is not None):
             self._compile()
+        self.network = self._parallel(self.network)
+
+    def _parallel(self, network: torch.nn.Module) -> torch.nn.Module:
+        return self.group.parallel(network, every_batch=self.config.training.accumulation_steps == 1)
 
     def _open_features(self) -> None:
-        settings = self.config.training
+        settings, found, self._no_cache = self.config.training, None, ""
         try:
             if not settings.feature_cache:
                 raise CannotCache("training.feature_cache is off")
@@ -467,7 +583,7 @@ class Fit:
                 raise CannotCache("MixUp and CutMix mix films, not their features")
             if settings.progressive_resizing:
                 raise CannotCache("progressive resizing changes the films from epoch to epoch")
-            self.features, self._cut = open_features(
+            found = open_features(
                 self.model,
                 self.prepared.spec,
                 self.prepared.train_set,
@@ -478,11 +594,17 @@ class Fit:
                 precision=self.precision,
                 engine=self.feature_engine,
                 stop=self.stop,
+                group=self.group,
             )
         except CannotCache as reason:
             self._no_cache = str(reason)
-            log.info("frozen layers run in every step: %s", reason)
+        # All or none: on one machine the disk may be too small.
+        reasons = self.group.each(lambda: self._no_cache, what="whether frozen layers can be cached")
+        self._no_cache = next(filter(None, reasons), "")
+        if found is None or self._no_cache:
+            log.info("frozen layers run in every step: %s", self._no_cache)
             return
+        self.features, self._cut = found
         self.feature_engine = self.features.engine
         self.network = Tail(self.model, self._cut)
 
@@ -491,10 +613,11 @@ class Fit:
         if self.compiled is False:
             return
         requests = self._requests()
-        batch = next(iter(self._batches(requests[:1])))
+        part = part_of(requests[0], self.group.bounds(self.films_per_step), None)
+        self.rows.are(part.start, part.stop, of=part.count)
+        batch = next(iter(self._batches([part.request])))
         targets_BC = self._targets(batch)
-        self.model.train()
-        self.network.train()
+        self._train_mode()
         eager = self.network
         self.network = compiled_network(
             eager,
@@ -535,25 +658,28 @@ class Fit:
         settings = self.config.training
         candidates = head_search.grid(self.config.model, settings)
         log.info("head search: %d heads at once on cached features", len(candidates))
-        found = head_search.search(
-            features,
-            candidates,
-            settings=settings,
-            n_classes=len(self.classes),
-            positive=self._positive_index(),
-            weights_C=self.weights_C,
-            requests_of=self._requests,
-            device=self.device,
-            precision=self.precision,
-            stop=self.stop,
+        found = self.group.from_main(
+            lambda: head_search.search(
+                features,
+                candidates,
+                settings=settings,
+                n_classes=len(self.classes),
+                positive=self._positive_index(),
+                weights_C=self.weights_C,
+                requests_of=self._requests,
+                device=self.device,
+                precision=self.precision,
+                stop=self.stop,
+            ),
+            what="the head search on the first process",
         )
         head_search.announce(found, monitor=settings.monitor)
-        write_text(self.folder / "head_search.csv", pd.DataFrame(found.table).to_csv(index=False))
+        self._write("head_search.csv", pd.DataFrame(found.table).to_csv(index=False))
         self._adopt(found)
         self.calibrated = self._calibrate(self._validation_logits(), self.prepared.val_set.labels)
         self._save(checkpoint.BEST, epoch=self.standing.best_epoch, resumable=False)
         self._save(f"checkpoint_epoch_{found.epochs}.pth", epoch=found.epochs, resumable=True)
-        write_text(self.folder / "history.csv", pd.DataFrame(self.standing.history).to_csv(index=False))
+        self._write("history.csv", pd.DataFrame(self.standing.history).to_csv(index=False))
 
     def _adopt(self, found: head_search.Found) -> None:
         """Make the best head, its settings and its history those of the run, which then stands after its last epoch."""
@@ -564,12 +690,13 @@ class Fit:
             model=replace(self.config.model, hidden_features=hidden, dropout_rate=dropout),
             training=replace(self.config.training, learning_rate=best.learning_rate, weight_decay=best.weight_decay),
         )
-        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        self._write("config.yaml", to_yaml(self.config))
         width = found.head["1.weight"].shape[1]
         head = make_head(width, num_classes=len(self.classes), dropout_rate=dropout, hidden_features=hidden)
         head.load_state_dict(found.head)
         self.model.head = head.to(self.device)
-        self.network = Tail(self.model, self._cut)
+        self._follow_whole_batch()
+        self.network = self._parallel(Tail(self.model, self._cut))
         self.optimizer = self._new_optimizer()
         rows = [{**row, "lr_backbone": 0.0, "peak_memory_mb": peak_memory_mb(self.device)} for row in progress.history]
         self.standing = Standing(
@@ -591,33 +718,62 @@ class Fit:
         self._losses = torch.zeros(len(self._epoch_requests), device=self.device)
         self._checked = self.standing.batch
         self._broken = torch.zeros((), device=self.device)
+        self._train_mode()
+        return self._epoch_requests
+
+    def _train_mode(self) -> None:
         self.model.train()
         self.network.train()
-        return self._epoch_requests
+        if self.config.training.batch_norm == "frozen":
+            hold_batch_norm(self.model)
 
     def _train_epoch(self, stop: StopRequest) -> None:
         requests = self._begin_epoch()
         accumulation = self.config.training.accumulation_steps
-        pending = self._progress(self._batches(requests[self.standing.batch :]), requests)
-        for batch in pending:
+        own = [self._part(batch).request for batch in range(self.standing.batch, len(requests))]
+        for batch in self._progress(self._batches(own), requests):
             position = self.standing.batch
-            group_start = position - position % accumulation
-            group = min(accumulation, len(requests) - group_start)
-            with memory_advice(self.config.data.batch_size):
-                self._backward(batch, share=1 / group)
+            first = position - position % accumulation
+            together = min(accumulation, len(requests) - first)
+            last = position + 1 == first + together
+            with memory_advice(self.config.data.batch_size), self._reducing(last):
+                self._backward(batch, share=1 / together)
             self.standing.batch += 1
-            if self.standing.batch == group_start + group:
+            if self.standing.batch % self.check_every == 0:
+                self._check_losses(self.standing.batch)
+            if last:
                 self._step()
-                if stop.signal is not None and self.standing.batch < len(requests):
+                number = self._signal(stop)
+                if number is not None and self.standing.batch < len(requests):
                     self._check_losses(self.standing.batch)
-                    self._end_interrupted(stop.signal)
+                    self._end_interrupted(number)
         self._check_losses(self.standing.batch)
+
+    @contextlib.contextmanager
+    def _reducing(self, last: bool) -> Iterator[None]:
+        """Average gradients over the processes in the `last` batch of a step only; until then each adds up its own."""
+        network: Any = self.network
+        apart = contextlib.nullcontext() if last or self.group.size == 1 else network.no_sync()
+        what = f"the gradients of epoch {self.standing.epoch}, batch {self.standing.batch + 1}"
+        with self.group.naming(what), apart:
+            yield
+
+    def _part(self, batch: int) -> Part:
+        """What this process does of the epoch's batch number `batch` (from 0)."""
+        settings, request = self.config.training, self._epoch_requests[batch]
+        mixing = draw_mixing(
+            len(request.positions),
+            mixup_alpha=settings.mixup_alpha,
+            cutmix_alpha=settings.cutmix_alpha,
+            rng=np.random.default_rng((settings.seed, 2, self.standing.epoch, batch)),
+        )
+        return part_of(request, self.group.bounds(len(request.positions)), mixing)
 
     def _requests(self, epoch: int | None = None) -> list[Request]:
         """The batches of `epoch`, or of the one under way."""
         return training_requests(
             self.prepared.train_set.labels,
-            batch_size=self.config.data.batch_size,
+            batch_size=self.films_per_step,
             seed=self.config.training.seed,
             epoch=epoch or self.standing.epoch,
             n_classes=len(self.classes),
@@ -625,29 +781,28 @@ class Fit:
         )
 
     def _progress(self, batches: Iterator[Batch], requests: Sequence[Request]) -> Iterator[Batch]:
-        size = self.config.data.batch_size
+        size = self.films_per_step
         label = f"epoch {self.standing.epoch}/{self.config.training.num_epochs}"
         return progress(batches, total=(len(requests) - self.standing.batch) * size, label=label, step=size)
 
     def _backward(self, batch: Batch, *, share: float) -> Tensor:
-        """Add the gradient of one batch, times `share`; its loss. A loss that is not finite stops the run.
+        """Add the gradient of this process' part of one batch, times `share`; the part's loss.
 
-        On a GPU nothing here waits for it: the loss is looked at later, and until then nothing is stepped.
+        Nothing here waits for a GPU: the loss is looked at later, and until then no step is taken that it would break.
         """
-        settings = self.config.training
-        rng = np.random.default_rng((settings.seed, 2, self.standing.epoch, self.standing.batch))
-        images_BCHW, targets_BC = mix_batch(
-            self._inputs(batch),
-            self._targets(batch),
-            mixup_alpha=settings.mixup_alpha,
-            cutmix_alpha=settings.cutmix_alpha,
-            rng=rng,
-        )
+        part = self._part(self.standing.batch)
+        self.rows.are(part.start, part.stop, of=part.count)
+        images_BCHW, targets_BC = self._inputs(batch), self._targets(batch)
+        if part.mixing is not None:
+            images_BCHW, targets_BC = mix_batch(
+                images_BCHW, targets_BC, part.mixing, rows_B=part.rows_B, partners_B=part.partners_B
+            )
         with autocast(self.device, self.precision):
             logits_BC = self.network(images_BCHW)
         loss = self._loss(logits_BC.float(), targets_BC)
-        self._note_loss(loss.detach())
-        self.scaler.scale(loss * share).backward()
+        self._note_loss(loss.detach() * part.share)
+        # Gradients are averaged over processes that hold unequal parts: each counts as much as it has films.
+        self.scaler.scale(loss * (share * part.share * self.group.size)).backward()
         return loss.detach()
 
     def _inputs(self, batch: Batch) -> Tensor:
@@ -668,15 +823,14 @@ class Fit:
         return classification_loss(logits_BC, targets_BC, config=self.config.training, weights_C=self.weights_C)
 
     def _note_loss(self, loss: Tensor) -> None:
-        """Keep the loss of the batch under way on the device, and look at it when it is time."""
+        """Keep this process' part of the loss of the batch under way on the device."""
         self._losses[self.standing.batch] = loss
         torch.maximum(self._broken, (~loss.isfinite()).float(), out=self._broken)
-        if (self.standing.batch + 1) % self.check_every == 0:
-            self._check_losses(self.standing.batch + 1)
 
     def _check_losses(self, count: int) -> None:
         """Add up the losses of the epoch's first `count` batches; the first that is not finite ends the run here."""
-        for batch, value in enumerate(self._losses[self._checked : count].tolist(), start=self._checked):
+        losses = self.group.sum_(self._losses[self._checked : count].clone(), what="the losses")
+        for batch, value in enumerate(losses.tolist(), start=self._checked):
             if not math.isfinite(value):
                 raise self._not_finite(value, batch)
             self.standing.loss_sum += value
@@ -705,6 +859,7 @@ class Fit:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_clip)
         if self.check_every > 1 and not self.scaler.is_enabled():
             # The fused step then leaves everything as it is, as it does for a scaler that found an overflow.
+            self.group.max_(self._broken, what="whether a loss is not finite")
             self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -721,8 +876,12 @@ class Fit:
 
     def _validation_logits(self) -> FloatArray:
         requests = sequential_requests(len(self.prepared.val_set), self.config.data.batch_size)
+        if self.config.training.batch_norm == "local":
+            for model in {id(item): item for item in (self.model, self._deployed())}.values():
+                average_statistics(model, self.group)
+        what = f"the validation logits of epoch {self.standing.epoch}"
         with memory_advice(self.config.data.batch_size):
-            logits_NC = np.concatenate(list(self._logits_by_batch(requests)))
+            logits_NC = np.concatenate(self.group.spread(requests, self._logits_by_batch, what=what))
         if not np.isfinite(logits_NC).all():
             raise UserError(
                 f"epoch {self.standing.epoch}: the validation logits are not finite; the last checkpoint stands: lower "
@@ -748,7 +907,13 @@ class Fit:
         """Measure, write the row, keep the best, save; then stand at the start of the next epoch."""
         standing, settings = self.standing, self.config.training
         logits_NC, labels = self._validation_logits(), self.prepared.val_set.labels
-        validation = validation_figures(logits_NC, labels, positive=self._positive_index())
+        validation, calibration = self.group.from_main(
+            lambda: (
+                validation_figures(logits_NC, labels, positive=self._positive_index()),
+                self._calibrate(logits_NC, labels),
+            ),
+            what=f"the figures of epoch {standing.epoch}",
+        )
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         row = {
             "epoch": standing.epoch,
@@ -764,22 +929,29 @@ class Fit:
         if better:
             standing.best_score, standing.best_epoch = validation[settings.monitor], standing.epoch
         standing.stale_epochs = standing.epoch - standing.best_epoch
-        self.calibrated = self._calibrate(logits_NC, labels)
+        self.calibrated = calibration
         if better:  # first: a kill between the two files then costs an epoch, not the best model
             self._save(checkpoint.BEST, epoch=standing.epoch, resumable=False)
         log.info("%s", self._epoch_line(row, better=better))
         finished = standing.epoch
         standing.epoch, standing.batch, standing.loss_sum = finished + 1, 0, 0.0
         self._save(f"checkpoint_epoch_{finished}.pth", epoch=finished, resumable=True)
-        (self.folder / checkpoint.INTERRUPTED).unlink(missing_ok=True)
-        checkpoint.keep_newest(self.folder, settings.keep_checkpoints)
-        write_text(self.folder / "history.csv", pd.DataFrame(standing.history).to_csv(index=False))
+        if self.group.is_main:
+            (self.folder / checkpoint.INTERRUPTED).unlink(missing_ok=True)
+            checkpoint.keep_newest(self.folder, settings.keep_checkpoints)
+        self._write("history.csv", pd.DataFrame(standing.history).to_csv(index=False))
+        if self.on_epoch is not None:
+            self.on_epoch(row)
 
     def _positive_index(self) -> int | None:
         return None if self.positive is None else self.classes.index(self.positive)
 
     def _calibrate(self, logits_NC: FloatArray, labels: IntArray) -> dict[str, Any]:
         return calibrated(logits_NC, labels, self.classes, self.positive, self.config)
+
+    def _is_incomplete(self) -> bool:
+        """Whether the whole network still has to see the validation films at the end."""
+        return self.features is not None or self.config.training.input_gate
 
     def _complete_with_whole_network(self, best: dict[str, Any]) -> dict[str, Any]:
         """Choose temperature and operating point anew with the whole network, and fit the input gate.
@@ -823,7 +995,13 @@ class Fit:
 
     # -- saving and resuming --
 
+    def _write(self, name: str, text: str) -> None:
+        if self.group.is_main:
+            write_text(self.folder / name, text)
+
     def _save(self, name: str, *, epoch: int, resumable: bool) -> None:
+        if not self.group.is_main:
+            return
         content = {
             "model_state_dict": self._deployed().state_dict(),
             "config": self.config.to_dict(),
@@ -832,10 +1010,15 @@ class Fit:
             **self.calibrated,
             "seen_films": torch.from_numpy(self.prepared.seen),
             "provenance": self._provenance(epoch),
+            **self._further_content(),
         }
         if resumable:
             content["training_state"] = self._training_state()
         checkpoint.save(self.folder / name, content)
+
+    def _further_content(self) -> dict[str, Any]:
+        """What checkpoints of this kind of run hold besides."""
+        return {}
 
     def _provenance(self, epoch: int) -> dict[str, Any]:
         facts = environment(self.device, self.precision)
@@ -843,7 +1026,6 @@ class Fit:
         return {
             "epoch": epoch,
             "seed": self.config.training.seed,
-            "started_in": str(Path.cwd()),
             "manifest_digest": self.prepared.digest,
             "excluded_films": self.prepared.excluded,
             **{name: facts[name] for name in chosen},
@@ -854,6 +1036,7 @@ class Fit:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "standing": asdict(self.standing),
+            "films_per_step": self.films_per_step,
             "torch_rng": torch.get_rng_state(),
             "feature_engine": self.feature_engine,
             "compiled": self.compiled,
@@ -866,6 +1049,8 @@ class Fit:
 
     def restore(self, stored: dict[str, Any], *, source: Path) -> None:
         """Stand where the checkpoint stood; DataError when the films are not those it was trained on."""
+        if "multimodal" in stored and type(self) is Fit:
+            raise ConfigError(f"--resume {source}: reads notes; go on with: main.py train_multimodal --resume {source}")
         if "training_state" not in stored:
             raise ConfigError(
                 f"--resume {source}: holds weights only; resume from a checkpoint_epoch_<N>.pth, or start a new "
@@ -884,6 +1069,7 @@ class Fit:
         self.scaler.load_state_dict(state["scaler"])
         self.feature_engine, self.compiled = state["feature_engine"], state.get("compiled")
         self.standing = Standing(**state["standing"])
+        self.films_per_step = state.get("films_per_step", stored["config"]["data"]["batch_size"])
         self.calibrated = {name: stored[name] for name in ("temperature", "operating_point")}
         torch.set_rng_state(state["torch_rng"])
         if "cuda_rng" in state and self.device.type == "cuda":
@@ -894,10 +1080,11 @@ class Fit:
         name = checkpoint.INTERRUPTED if self.standing.batch else f"checkpoint_epoch_{self.standing.epoch - 1}.pth"
         if self.standing.batch:
             self._save(name, epoch=self.standing.epoch, resumable=True)
+        self.group.wait(what="the checkpoint to be written")  # torchrun ends all when the first one leaves
         raise Interrupted(
             number,
             f"stopped in epoch {self.standing.epoch} after batch {self.standing.batch}; go on with: "
-            f"python main.py train --resume {self.folder / name}",
+            f"python main.py {self.verb} --resume {self.folder / name}",
         )
 
     # -- words --
@@ -906,14 +1093,17 @@ class Fit:
         count = count_parameters(self.model)
         settings = self.config.training
         log.info(
-            "%s on %s in %s: %.1f M parameters, %.1f M trainable; batch %d x %d; %d epochs at most",
+            "%s on %s in %s: %.1f M parameters, %.1f M trainable; batch %d x %d processes x %d accumulated = %d films "
+            "a step; %d epochs at most",
             self.config.model.model_type,
             self.device,
             self.precision,
             count.total / 1e6,
             count.trainable / 1e6,
             self.config.data.batch_size,
+            self.group.size,
             settings.accumulation_steps,
+            self.films_per_step * settings.accumulation_steps,
             settings.num_epochs,
         )
         if self.standing.step:
@@ -928,7 +1118,7 @@ class Fit:
             )
         plots.training_curves(standing.history, self.folder / "training_curves.png")
         best = checkpoint.load(self.folder / checkpoint.BEST)
-        if self.features is not None or self.config.training.input_gate:
+        if self._is_incomplete():
             best = self._complete_with_whole_network(best)
         row = standing.history[standing.best_epoch - 1]
         validation = {name[4:]: value for name, value in row.items() if name.startswith("val_")}
@@ -956,13 +1146,50 @@ class Fit:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one process does of a batch."""
+
+    request: Request
+    """Its own films, then those of other processes that MixUp or CutMix mixes them with."""
+    start: int
+    """Its own films are [start, stop) of the batch's `count`."""
+    stop: int
+    count: int
+    mixing: Mixing | None
+    partners_B: IntArray
+    """Where in the request stands the film that each of its own is mixed with."""
+
+    @property
+    def rows_B(self) -> IntArray:
+        """Where in the request its own films stand."""
+        return np.arange(self.stop - self.start)
+
+    @property
+    def share(self) -> float:
+        """Its own films among the batch's."""
+        return (self.stop - self.start) / self.count
+
+
+def part_of(request: Request, bounds: tuple[int, int], mixing: Mixing | None) -> Part:
+    """The films [start, stop) = `bounds` of the batch `request`, with the partners that `mixing` gives them."""
+    (start, stop), count = bounds, len(request.positions)
+    own = np.arange(start, stop)
+    partners = own if mixing is None else mixing.partner_B[start:stop]
+    foreign = np.setdiff1d(partners, own)
+    there = np.concatenate([own, foreign])
+    order = np.argsort(there)
+    partners_B = order[np.searchsorted(there, partners, sorter=order)]
+    return Part(Request(request.epoch, request.positions[there]), start, stop, count, mixing, partners_B)
+
+
 def films_a_run(films: int, epochs: int, *, views: int | None) -> int:
     """Films sent through the network in a run, a step's backward pass counted as two; cached layers run once a view."""
     return films * (views or 3 * epochs)
 
 
-def _worker_count(wanted: int, device: torch.device) -> int:
-    """0 on a CPU, where processes would take the network's own cores; up to 8 beside a GPU."""
+def _worker_count(wanted: int, device: torch.device, *, processes: int) -> int:
+    """0 on a CPU, where processes would take the network's own cores; up to 8 beside each of a machine's GPUs."""
     if wanted >= 0:
         return wanted
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) // processes))

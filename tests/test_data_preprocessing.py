@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,26 @@ def test_another_naming_comes_through_a_pattern() -> None:
 def test_a_wrong_pattern_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="patient_id_regex: .* is not a regular expression"):
         dp._patient_ids(pd.DataFrame({"path": ["/x/a.png"]}), "(")
+
+
+def test_films_that_share_a_name_and_name_no_patient_are_not_one_patient(tmp_path: Path) -> None:
+    paths = [f"{split}/{name}/0001.png" for split in ("train", "test") for name in ("A", "B")]
+    rows = [{"path": path, "label": path.split("/")[1], "split": path.split("/")[0]} for path in paths]
+    table = dp.load_manifest(
+        DataConfig(manifest=str(write_manifest(tmp_path, [*rows, {"path": "7.png", "label": "A", "split": "train"}])))
+    ).table
+    assert list(table["patient_id"]) == [*paths, "7"]
+    dp.check_no_leak(table)
+
+
+def test_blanks_around_label_split_and_patient_make_no_other_ones(tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.png", "label": "A ", "split": "train ", "patient_id": "p "},
+        {"path": "b.png", "label": "A", "split": "train", "patient_id": "p"},
+        {"path": "c.png", "label": "B", "split": "test", "patient_id": "q"},
+    ]
+    manifest = dp.load_manifest(DataConfig(manifest=str(write_manifest(tmp_path, rows))))
+    assert manifest.classes == ("A", "B") and list(manifest.table["patient_id"]) == ["p", "p", "q"]
 
 
 def test_the_manifests_patients_win_over_the_file_name(films: Path, tmp_path: Path) -> None:
@@ -341,6 +362,41 @@ def test_cached_pixels_pickle_as_a_path_not_as_pixels(films: Path, tmp_path: Pat
     assert np.array_equal(pickle.loads(data)[2], store[2])
 
 
+def test_films_whose_digests_are_known_are_not_read_again(films: Path, tmp_path: Path) -> None:
+    config = DataConfig(data_dir=str(films), cache_dir=str(tmp_path))
+    manifest = split_of(config)
+    paths = list(manifest.table["path"])
+    digests = dp.file_digests(paths)
+    first = dp.open_pixels(manifest, SPEC, config)[1]
+    assert isinstance(first, dp.CachedPixels) and len(set(digests.values())) > 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dp, "_file_digest", lambda path: pytest.fail("read again"))
+        again = dp.open_pixels(manifest, SPEC, config, digests)[1]
+        hashes = dp.film_hashes(paths, digests)
+    assert isinstance(again, dp.CachedPixels) and again.path == first.path
+    assert np.array_equal(hashes, dp.film_hashes(paths))
+
+
+def _read_while_pages_are_given_back(store: dp.CachedPixels, rows: list[int]) -> list[bytes]:
+    """Each row as it is when read, and as it still is after the pages were given back at every later read."""
+    store.RELEASE_EVERY = 1  # type: ignore[misc]
+    held = [store[row] for row in rows]
+    return [film.tobytes() for film in held]
+
+
+def test_films_stay_whole_while_threads_and_a_process_give_back_pages(films: Path, tmp_path: Path) -> None:
+    paths = paths_of(films)
+    store, _ = dp.cached_pixels(paths, SPEC, tmp_path)
+    rows = [row % len(paths) for row in range(3 * len(paths))]
+    expected = [apply(SPEC, decode(paths[row])).tobytes() for row in rows]
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(lambda _: _read_while_pages_are_given_back(store, rows), range(8)):
+            assert found == expected
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        assert process.submit(_read_while_pages_are_given_back, store, rows).result() == expected
+    assert _read_while_pages_are_given_back(store, rows) == expected
+
+
 def test_unreadable_films_stop_the_run_with_names(copied: Path) -> None:
     (copied / "train" / "NORMAL" / "IM-9001-0001.jpeg").write_text("not a film")
     (copied / "train" / "NORMAL" / "IM-9002-0001.jpeg").write_bytes(b"")
@@ -497,6 +553,7 @@ def test_workers_deliver_the_same_batches_as_the_main_process(dataset: dp.FilmBa
             )
             batches[workers, epoch] = list(loader(requests))
     for epoch in (1, 2):
+        assert len(batches[0, epoch]) == len(batches[2, epoch]) > 0
         for a, b in zip(batches[0, epoch], batches[2, epoch]):
             assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert not torch.equal(batches[0, 1][0].inputs, batches[0, 2][0].inputs)

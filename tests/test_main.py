@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import main
+from config import Config
 
 ROOT = Path(main.__file__).parent
 
@@ -77,8 +78,8 @@ def test_the_surface_of_train_is_frozen() -> None:
     assert flags == {
         "--help", "--data-dir", "--manifest", "--model", "--weights", "--pretrained", "--freeze-backbone", "--epochs",
         "--batch-size", "--image-size", "--seed", "--device", "--precision", "--workers", "--skip-unreadable",
-        "--exclude", "--positive-class", "--head-search", "--output-dir", "--resume", "--config", "--set", "--json",
-            "--quiet",
+        "--exclude", "--positive-class", "--head-search", "--output-dir", "--resume", "--recipe", "--config", "--set",
+        "--tracker", "--json", "--quiet",
     }  # fmt: skip
 
 
@@ -102,6 +103,10 @@ def test_the_surface_of_train_is_frozen() -> None:
         (["evaluate"], "one of the arguments --checkpoint --bundle --predictions is required"),
         (["evaluate", "--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint; train one first"),
         (["predict", "nowhere.jpeg", "--checkpoint", "x.pth"], "nowhere.jpeg: no such file or folder"),
+        (["predict", "x.jpeg", "--bundle", "nowhere"], "--bundle nowhere: no folder that optimize finished"),
+        (["evaluate", "--bundle", "nowhere"], "--bundle nowhere: no folder that optimize finished"),
+        (["api", "--bundle", "nowhere"], "--bundle nowhere: no folder that optimize finished"),
+        (["train", "--config", str(ROOT)], "cannot be read as a configuration file (Is a directory)"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -115,6 +120,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert code == 2
     assert len(lines) == 1, lines
     assert message in lines[0]
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "notes.pth"
+    path.write_text("this is text\n")
+    for words in (
+        ["evaluate", "--checkpoint", path],
+        ["train", "--resume", path],
+        ["compare", "--checkpoints", path, path],
+    ):
+        folder = [] if words[0] == "train" else ["--output-dir", tmp_path / "out"]
+        assert main.main([str(word) for word in (*words, *folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {path}: not a checkpoint, or damaged; use another one")
+
+
+def test_a_demo_that_cannot_run_touches_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "mine.jpeg").write_text("a film")
+    assert main.main(["demo", "--epochs", "0", "--output-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: training.num_epochs: 0 is out of range; it must be at least 1"
+    ]
+    assert [item.name for item in tmp_path.rglob("*")] == ["films", "mine.jpeg"]
 
 
 def test_hyphens_are_accepted_in_a_verb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +178,7 @@ def test_doctor_reports_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_takes_the_positive_class() -> None:
     arguments = main.build_parser()[0].parse_args(["train", "--positive-class", "NORMAL", "--head-search"])
-    flags = main.layers(arguments)[1]
+    flags = main.layers(arguments)[-1]
     assert flags["data.positive_class"] == "NORMAL" and flags["training.head_search"] is True
 
 
@@ -169,3 +198,31 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
     assert main.main(["demo", "--output-dir", str(tmp_path / "file"), "--quiet"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "file" in lines[0]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} main.py config | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text("training: {num_epochs: 7, ema_decay: 0.5}\n", encoding="utf-8")
+    words = ["config", "--recipe", "strong", "--config", str(tmp_path / "own.yaml"), "--epochs", "3", "--json"]
+    assert main.main(words) == 0
+    training = json.loads(capsys.readouterr().out)["training"]
+    assert (training["mixup_alpha"], training["ema_decay"], training["num_epochs"]) == (0.3, 0.5, 3)
+
+
+def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["train", "--recipe", "stron"]) == 2
+    err = capsys.readouterr().err
+    assert "--recipe stron: not one of convnext, densenet121" in err and "strong" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in main.RECIPES.glob("*.yaml")))
+def test_a_recipe_is_a_configuration_that_holds_together(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["config", "--recipe", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) != json.loads(json.dumps(Config().to_dict()))

@@ -193,6 +193,8 @@ def test_unreadable_films_stop_the_evaluation_or_are_listed(trained: Path, films
         trained / "best_model.pth", [{**overrides, "data.skip_unreadable": True}], output_dir=tmp_path / "out"
     )
     assert report["n"] == 40 and len(report["unreadable"]) == 1
+    assert report["unreadable"][0].startswith("test/NORMAL/IM-9999-0001.jpeg: ")
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_class_the_model_does_not_know_is_an_error(trained: Path, films: Path, tmp_path: Path) -> None:
