@@ -110,8 +110,9 @@ def read(folder: str | Path) -> Bundle:
             raise CheckpointError(f"{folder / name}: missing from the bundle; {AGAIN}")
         if sha256(folder / name) != digest:
             raise CheckpointError(f"{folder / name}: hash mismatch, it is not the file optimize wrote; {AGAIN}")
-    if facts["file"] is not None and facts["file"] not in facts["hashes"]:
-        raise CheckpointError(f"{folder / FACTS}: names a model file without a hash ({facts['file']}); {AGAIN}")
+    for name in (RECORDS, facts["file"]):
+        if name is not None and name not in facts["hashes"]:
+            raise CheckpointError(f"{folder / FACTS}: names no hash of {name}; {AGAIN}")
     try:
         records = torch.load(folder / RECORDS, map_location="cpu", weights_only=True)
         return Bundle(folder, facts, records["seen_films"].numpy(), records["input_gate"])

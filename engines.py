@@ -9,11 +9,13 @@ import contextlib
 import functools
 import importlib.util
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -314,12 +316,14 @@ class OpenVinoEngine:
         }
         core, graph = openvino_core(), _film_graph(openvino, path, spec)
         streams = core.compile_model(graph, "CPU", {**options, "PERFORMANCE_HINT": "THROUGHPUT"})
-        self._requests = [
-            streams.create_infer_request() for _ in range(int(streams.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
-        ]
+        self.lanes = int(streams.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        """Films computed at the same time, a core each: so many threads may call `stream` at once."""
+        self._idle = SimpleQueue[Any]()
+        for _ in range(self.lanes):
+            self._idle.put(streams.create_infer_request())
         graph.reshape([1, *self._film_shape])
         alone = core.compile_model(graph, "CPU", {**options, "PERFORMANCE_HINT": "LATENCY"})
-        self._single = alone.create_infer_request()
+        self._single, self._alone = alone.create_infer_request(), threading.Lock()
         self._exact_alone: bool | None = None
         self._exact_sizes: tuple[int, ...] | None = None
 
@@ -332,19 +336,20 @@ class OpenVinoEngine:
         count = len(images_BHWC)
         if count == 1:
             return self._run_alone(images_BHWC)
-        return self._in_parts(images_BHWC, min(MOST_A_REQUEST, -(-count // len(self._requests))))
+        return self._in_parts(images_BHWC, min(MOST_A_REQUEST, -(-count // self.lanes)))
 
     def stream(self, films: Iterable[npt.NDArray[np.uint8]]) -> Iterator[Outputs]:
         """The outputs of each film (1, H, W, C), in order: the same bits however many films there are."""
         together = list(films)
         if not together:
             return
-        if len(together) == 1 and self._alone_is_exact():
+        computes = self._alone.locked() or self._idle.qsize() < self.lanes
+        if len(together) == 1 and not computes and self._alone_is_exact():
             yield self._run_alone(together[0])
             return
         worth_it = len(together) >= 2 * MOST_A_REQUEST
         sizes = self._sizes_that_are_exact() if worth_it else (1,)
-        size = next(size for size in sizes if size * len(self._requests) <= len(together) or size == 1)
+        size = next(size for size in sizes if size * self.lanes <= len(together) or size == 1)
         logits_BC, features_BF = self._in_parts(np.concatenate(together), size, rest=1)
         yield from ((logits_BC[k : k + 1], features_BF[k : k + 1]) for k in range(len(together)))
 
@@ -377,21 +382,32 @@ class OpenVinoEngine:
         return np.random.default_rng(0).integers(0, 256, (count, *self._film_shape), dtype=np.uint8)
 
     def _run_alone(self, film_1HWC: npt.NDArray[np.uint8]) -> Outputs:
-        self._single.infer({0: film_1HWC})
-        return _copied(self._single)
+        with self._alone:
+            self._single.infer({0: film_1HWC})
+            return _copied(self._single)
 
     def _ring(self, parts: Iterable[npt.NDArray[np.uint8]]) -> Iterator[Outputs]:
-        idle, running = deque(self._requests), deque[Any]()
-        for images_BHWC in parts:
-            if not idle:
+        running = deque[Any]()
+        try:
+            for images_BHWC in parts:
+                try:
+                    # Who has a request running takes that one again: waiting for another thread's could last for ever.
+                    request = self._idle.get(block=not running)
+                except Empty:
+                    running[0].wait()
+                    yield _copied(running[0])
+                    request = running.popleft()
+                running.append(request)
+                request.start_async({0: images_BHWC})
+            while running:
                 running[0].wait()
                 yield _copied(running[0])
-                idle.append(running.popleft())
-            running.append(idle.popleft())
-            running[-1].start_async({0: images_BHWC})
-        while running:
-            running[0].wait()
-            yield _copied(running.popleft())
+                self._idle.put(running.popleft())
+        finally:
+            for request in running:
+                with contextlib.suppress(RuntimeError):
+                    request.wait()
+                self._idle.put(request)
 
 
 def _joined(parts: Sequence[Outputs]) -> Outputs:

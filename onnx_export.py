@@ -42,8 +42,9 @@ class _WithFeatures(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        features_BF = self.model.features(*inputs)
-        return self.model.head(features_BF), features_BF
+        features = self.model.features(*inputs)
+        # What a multimodal model hands to its head is more than the features that are an output.
+        return self.model.head(features), features if isinstance(features, Tensor) else self.model.pooled(features)
 
 
 def export_to_onnx(
@@ -54,11 +55,13 @@ def export_to_onnx(
     *,
     example_inputs: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    further_axes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `model` to `output_path`, checked by onnx.checker; its path.
 
     `example_inputs` (name → tensor with the batch first) stands in for `input_shape` where a model takes more than
-    images. `metadata` (plain values) is stored in the file. ConfigError names an operator that ONNX does not have.
+    images; `further_axes` names the second axis of those whose length may vary besides the batch. `metadata` (plain
+    values) is stored in the file. ConfigError names an operator that ONNX does not have.
     """
     path = Path(output_path)
     inputs = dict(example_inputs or {"input": torch.zeros(tuple(input_shape))})
@@ -67,7 +70,8 @@ def export_to_onnx(
     has_features = hasattr(whole, "features") and hasattr(whole, "head")
     outputs = ["logits", "features"] if has_features else ["logits"]
     buffer = io.BytesIO()
-    _trace(_WithFeatures(whole) if has_features else whole, inputs, outputs, opset_version, buffer)
+    module = _WithFeatures(whole) if has_features else whole
+    _trace(module, inputs, outputs, opset_version, buffer, further_axes or {})
     graph = onnx.load_from_string(buffer.getvalue())
     if metadata:
         _store_metadata(graph, metadata)
@@ -77,7 +81,12 @@ def export_to_onnx(
 
 
 def _trace(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], opset_version: int, buffer: io.BytesIO
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    opset_version: int,
+    buffer: io.BytesIO,
+    further_axes: Mapping[str, str],
 ) -> None:
     names = list(inputs)
     # Two rows: a batch of one could be taken for a constant.
@@ -93,7 +102,10 @@ def _trace(
                 buffer,  # type: ignore[arg-type]
                 input_names=names,
                 output_names=list(outputs),
-                dynamic_axes={name: {0: "batch"} for name in (*names, *outputs)},
+                dynamic_axes={
+                    name: {0: "batch"} | ({1: further_axes[name]} if name in further_axes else {})
+                    for name in (*names, *outputs)
+                },
                 opset_version=opset_version,
                 dynamo=False,
             )

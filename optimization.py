@@ -206,9 +206,11 @@ class Optimization:
         judged_by = onnx_kind()
         # The features of a pruned network, and so its scores, mean something else: what was fitted is fitted anew.
         plain = TorchEngine(model, self.spec, device=self.device, precision="fp32")
+        exact_NC = self.standing.logits_NC
         if refit:
+            exact_NC = self._logits(plain)
             fitted = calibrated(
-                self._logits(plain), self.films.labels, self.stored.classes, self.stored.positive_class, self.config
+                exact_NC, self.films.labels, self.stored.classes, self.stored.positive_class, self.config
             )
             temperature, point = fitted["temperature"], fitted["operating_point"]
         about = {
@@ -224,34 +226,41 @@ class Optimization:
         facts: dict[str, Any] = {"parity": asdict(agreement), "float_mb": megabytes(path)}
         int8 = None
         if self.settings.quantize:
-            made = self._quantise(path, self.folder / f"{name}_int8.onnx", temperature, point, judged_by)
+            made = self._quantise(path, exact_NC, temperature, point, judged_by)
             int8 = made.path
-            facts["quantisation"] = {**asdict(made), "path": None, "int8_mb": megabytes(made.path)}
+            facts["quantisation"] = {name: value for name, value in asdict(made).items() if name != "path"}
+            facts["quantisation"]["int8_mb"] = megabytes(made.path)
         return Network(name, path, int8, temperature, point, facts)
 
     def _quantise(
-        self, source: Path, target: Path, temperature: float, point: dict[str, Any], kind: str
+        self, source: Path, exact_NC: FloatArray, temperature: float, point: dict[str, Any], kind: str
     ) -> quantization.Quantised:
-        to_input = HostScaling(self.spec)
-        chosen = drawn(self.films.labels, self.settings.calibration_films, seed=self.config.training.seed)
+        """The INT8 twin of `source`, judged by engine `kind` against the logits of `source` in torch, `exact_NC`."""
+        to_input, labels, seed = HostScaling(self.spec), self.films.labels, self.config.training.seed
+        chosen = drawn(labels, self.settings.calibration_films, seed=seed)
         calibration = [to_input(self.films.images[index : index + 1]) for index in chosen]
+        few, every = drawn(labels, QUICK_FILMS, seed=seed + 1), np.arange(len(labels))
         threshold = float(point.get("threshold", 0.5))
-        exact = onnx_engine(kind, source, self.spec, precision="fp32")
-        expected = np.concatenate([exact.logits(batch) for batch in batches_of(self.films.images)])
+        # What pruning has lost already, no block in float brings back.
+        own = replace(
+            self.standing, threshold=threshold, probabilities_NC=softmax(exact_NC, temperature), logits_NC=exact_NC
+        )
         tight = replace(self.settings, max_auc_drop=min(TIGHT_AUC_DROP, self.settings.max_auc_drop))
 
         def judge(path: Path, *, quick: bool) -> quantization.Judgement:
-            engine = onnx_engine(kind, path, self.spec, precision="int8")
-            images = self.films.images[:QUICK_FILMS] if quick else self.films.images
-            logits = np.concatenate([engine.logits(batch) for batch in batches_of(images)])
-            wanted = expected[: len(images)]
-            error = float(np.linalg.norm(logits - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
-            if quick:
-                return quantization.Judgement(error, None)
-            drops = drops_of(self.standing, softmax(logits, temperature), threshold)
-            return quantization.Judgement(error, over_budget(drops, tight))
+            engine, rows = onnx_engine(kind, path, self.spec, precision="int8"), few if quick else every
+            logits_NC = np.concatenate([engine.logits(batch) for batch in batches_of(self.films.images[rows])])
+            shift_C = (exact_NC[rows] - logits_NC).mean(axis=0)
+            logits_NC = logits_NC + shift_C
+            size = max(float(np.linalg.norm(exact_NC[rows])), 1e-30)
+            error = float(np.linalg.norm(logits_NC - exact_NC[rows])) / size
+            reason = None
+            if not quick:
+                reason = over_budget(drops_of(own, softmax(logits_NC, temperature), threshold), tight)
+            return quantization.Judgement(error, reason, tuple(shift_C.tolist()))
 
         log.info("INT8 from %d calibration films", len(calibration))
+        target = source.with_name(f"{source.stem}_int8.onnx")
         return quantization.quantise(source, target, calibration, judge=judge)
 
     def _pruned(self) -> Network:
@@ -369,7 +378,8 @@ class Optimization:
             if source is not None:
                 shutil.copyfile(source, folder / name)
         in_torch = self.chosen.engine in ("torch", "compile")
-        file = bundle.INT8_FILE if "int8" in self.chosen.precision else bundle.FLOAT_FILE
+        rounded = "int8" in self.chosen.precision
+        file = bundle.INT8_FILE if rounded else bundle.FLOAT_FILE
         facts = {
             "classes": list(self.stored.classes),
             "preprocess": self.spec.to_dict(),
@@ -381,6 +391,7 @@ class Optimization:
             "engine": "torch" if in_torch else self.chosen.engine,
             "precision": self.chosen.precision + (" compiled" if self.chosen.engine == "compile" else ""),
             "file": None if in_torch else file,
+            "quantisation": network.facts["quantisation"] if rounded else None,
             "passed": report["chosen"] is not None,
         }
         bundle.write(

@@ -151,10 +151,11 @@ def _network(name: str, facts: Mapping[str, Any]) -> str:
     if (made := facts.get("quantisation")) is not None:
         tried = ", ".join(f"{recipe} {error:.4f}" for recipe, error in made["errors"].items())
         left = ", ".join(made["left_in_float"]) or "none but the last layer"
+        shift = ", ".join(f"{value:+.4f}" for value in made["shift"])
         lines.append(
             f"INT8 file {made['int8_mb']:.1f} MB, by {made['recipe']}; relative error of the logits: {tried}; as kept "
-            f"{made['error']:.4f}. Blocks left in float: {left}."
-            + (f" Still {made['reason']}." if made["reason"] else "")
+            f"{made['error']:.4f}. Added to every film's logits, which rounding had shifted: {shift}. Blocks in float: "
+            f"{left}." + (f" Still {made['reason']}." if made["reason"] else "")
         )
     if (pruned := facts.get("pruning")) is not None:
         before, after = pruned["before"], pruned["after"]

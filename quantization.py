@@ -3,9 +3,10 @@
     made = quantise(Path("model.onnx"), Path("model_int8.onnx"), calibration, judge=judge)
 
 Weights are stored as int8, a scale for each output channel; activation ranges come from calibration films. Several
-recipes are tried and the one whose logits are nearest to the float model's is kept. Where that costs accuracy, the
-layers that hurt are found by giving each block its floats back in turn, and left in float. NNCF does the work where it
-is installed, else ONNX Runtime's own tool. Never looks at a label itself: the judge does.
+recipes are tried and the one whose logits are nearest to the float model's is kept. What rounding adds to every film's
+logits alike is taken off in the file. Where accuracy still suffers, the blocks that hurt are found by giving each its
+floats back in turn, and compute in float. NNCF does the work where it is installed, else ONNX Runtime's own tool. Never
+looks at a label itself: the judge does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,14 +34,14 @@ from onnx_export import save_onnx
 from runtime import log
 
 FloatArray = npt.NDArray[np.floating[Any]]
-Recipe = Callable[[Path, Path, Sequence[FloatArray]], None]
+Inputs = FloatArray | Mapping[str, npt.NDArray[Any]]
+"""What a network is shown once: a normalised film (1, 3, H, W), or a case's inputs by name."""
+Recipe = Callable[[Path, Path, Sequence[Inputs]], None]
 """Reads a float ONNX file, writes its INT8 twin, shown inputs (1, 3, H, W) to learn ranges from."""
 
 QUANTISED_OPERATORS = frozenset({"Conv", "Gemm", "MatMul"})
 GATES = re.compile(r"/(se|attn_se|gate)/|squeeze|excite", re.IGNORECASE)
 """Names of the nodes of squeeze-excite gates, the layers most often spoilt by INT8."""
-LAST_RESORT = "NNCF asymmetric, mean range"
-"""Was worse than the widest range on every network measured, so it is tried only where the others are not enough."""
 LARGE = 1024
 """Weights from which on four bytes each are too many."""
 MOST_IN_FLOAT = 0.5
@@ -52,16 +53,18 @@ class Judgement:
     """What an INT8 file gives against the float model."""
 
     error: float
-    """L2 norm of the logits' difference over that of the float logits."""
+    """L2 norm of the logits' difference over that of the float logits, `shift` added."""
     reason: str | None
     """Why it is not good enough; None when it is."""
+    shift: tuple[float, ...]
+    """What each class's logit lacks on average of the float model's: the operating point was chosen for those."""
 
 
 class Judge(Protocol):
     """Runs an INT8 file on validation films."""
 
     def __call__(self, path: Path, *, quick: bool) -> Judgement:
-        """`quick`: the error alone, on few films; no reason is given."""
+        """`quick`: error and shift alone, on few films; no reason is given."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,15 @@ class Quantised:
     """Recipe → relative error of its logits, for every recipe tried."""
     error: float
     """Of the file as kept."""
+    shift: tuple[float, ...]
+    """Added to the logits in the file, for each class; see `Judgement`."""
     left_in_float: tuple[str, ...] = field(default=())
-    """Blocks that kept their floats because INT8 hurt there, worst first."""
+    """Blocks that compute in float because INT8 hurt there, worst first; their weights are stored as int8."""
     reason: str | None = None
     """Why it is still not good enough; None when it is."""
 
 
-def quantise(source: Path, target: Path, calibration: Sequence[FloatArray], *, judge: Judge) -> Quantised:
+def quantise(source: Path, target: Path, calibration: Sequence[Inputs], *, judge: Judge) -> Quantised:
     """Write the INT8 twin of `source` to `target`; how it came about.
 
     `calibration` are normalised inputs (1, 3, H, W). ConfigError when no tool is installed or none takes the graph.
@@ -91,8 +96,6 @@ def quantise(source: Path, target: Path, calibration: Sequence[FloatArray], *, j
         files = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(recipes())}
         refused = ""
         for name, recipe in recipes().items():
-            if name == LAST_RESORT and any(item.reason is None for item in found.values()):
-                continue
             try:
                 recipe(source, files[name], calibration)
                 save_onnx(with_small_weights(onnx.load(str(files[name]))), files[name])
@@ -112,8 +115,17 @@ def quantise(source: Path, target: Path, calibration: Sequence[FloatArray], *, j
         if judged.reason is not None:
             log.info("INT8 costs too much (%s): looking for the layers that hurt", judged.reason)
             kept, left, judged = _spare_what_hurts(kept, onnx.load(str(source)), judged, judge, Path(folder))
-    save_onnx(kept, target)
-    return Quantised(target, best, errors, judged.error, tuple(left), judged.reason)
+    save_onnx(shifted(kept, judged.shift), target)
+    return Quantised(target, best, errors, judged.error, judged.shift, tuple(left), judged.reason)
+
+
+def shifted(graph: Any, shift: Sequence[float]) -> Any:
+    """`graph` with `shift` added to its logits (bias correction, Nagel 2019, at the one place where it decides)."""
+    last = next(node for node in graph.graph.node if "logits" in node.output)
+    last.output[list(last.output).index("logits")] = "logits/rounded"
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(shift, dtype=np.float32), "logits/shift"))
+    graph.graph.node.append(onnx.helper.make_node("Add", ["logits/rounded", "logits/shift"], ["logits"]))
+    return graph
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------
@@ -123,9 +135,8 @@ def recipes() -> dict[str, Recipe]:
     """The ways of quantising that are installed here, by name; ConfigError when there is none."""
     if importlib.util.find_spec("nncf") is not None:
         return {
-            "NNCF symmetric, widest range": lambda *paths: _nncf(*paths, preset="PERFORMANCE", ranges="MINMAX"),
-            "NNCF asymmetric, widest range": lambda *paths: _nncf(*paths, preset="MIXED", ranges="MINMAX"),
-            LAST_RESORT: lambda *paths: _nncf(*paths, preset="MIXED", ranges="MEAN_MINMAX"),
+            "NNCF symmetric": lambda *paths: _nncf(*paths, preset="PERFORMANCE"),
+            "NNCF asymmetric": lambda *paths: _nncf(*paths, preset="MIXED"),
         }
     if importlib.util.find_spec("onnxruntime") is not None:
         return {"ONNX Runtime min-max": _onnxruntime}
@@ -143,7 +154,8 @@ def _import_nncf() -> Any:
     return nncf
 
 
-def _nncf(source: Path, target: Path, calibration: Sequence[FloatArray], *, preset: str, ranges: str) -> None:
+def _nncf(source: Path, target: Path, calibration: Sequence[Inputs], *, preset: str) -> None:
+    """Ranges from the smallest to the largest value of all films; NNCF's own means over films cut off what decides."""
     nncf = _import_nncf()
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
@@ -153,28 +165,28 @@ def _nncf(source: Path, target: Path, calibration: Sequence[FloatArray], *, pres
         warnings.simplefilter("ignore")
         made = nncf.quantize(
             graph,
-            nncf.Dataset([{"input": film} for film in calibration]),
+            nncf.Dataset([_feed(item) for item in calibration]),
             preset=nncf.QuantizationPreset[preset],
             subset_size=len(calibration),
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
             ignored_scope=nncf.IgnoredScope(names=_last_layer(graph)),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
-                activations_range_estimator_params=getattr(RangeEstimatorParametersSet, ranges)
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
             ),
         )
     save_onnx(made, target)
 
 
-def _onnxruntime(source: Path, target: Path, calibration: Sequence[FloatArray]) -> None:
+def _onnxruntime(source: Path, target: Path, calibration: Sequence[Inputs]) -> None:
     from onnxruntime import quantization
 
     class Films(quantization.CalibrationDataReader):
         def __init__(self) -> None:
             self._films = iter(calibration)
 
-        def get_next(self) -> dict[str, FloatArray] | None:
+        def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
             film = next(self._films, None)
-            return None if film is None else {"input": film}
+            return None if film is None else _feed(film)
 
     root = logging.getLogger()
     level = root.level
@@ -192,6 +204,11 @@ def _onnxruntime(source: Path, target: Path, calibration: Sequence[FloatArray]) 
         )
     finally:
         root.setLevel(level)
+
+
+def _feed(item: Inputs) -> dict[str, npt.NDArray[Any]]:
+    """Name → array: a film is the one input called `input`, a case names its own."""
+    return dict(item) if isinstance(item, Mapping) else {"input": item}
 
 
 def _last_layer(graph: Any) -> list[str]:
@@ -271,7 +288,7 @@ def _spare_what_hurts(
 
     def judged_without(names: Sequence[str], *, quick: bool) -> tuple[Any, Judgement]:
         nodes = [node for name in names for node in blocks[name]]
-        graph = with_floats(quantised, original, nodes)
+        graph = with_small_weights(with_floats(quantised, original, nodes))
         save_onnx(graph, trial)
         return graph, judge(trial, quick=quick)
 

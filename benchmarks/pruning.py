@@ -11,7 +11,6 @@ trained checkpoint and fine-tunes it on `--films` of its training films.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import io
 import statistics
@@ -27,15 +26,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
 import engines
+import predictor
 import pruning
-import train
-from config import config_from_dict
 from data_preprocessing import FilmBatches, Manifest
 from models import Classifier, create_model
-from predictor import load_state
+from optimization import training_films
 from runtime import StopRequest, resolve_device, resolve_precision, setup_logging
+from train import Prepared
 
 BATCH = 16
 
@@ -91,15 +89,14 @@ def speed(name: str, *, amount: float, round_to: int | None, repeats: int, image
 
 def accuracy(path: Path, *, amount: float, epochs: int, films: int, seed: int) -> None:
     """Print validation figures of a trained checkpoint at each stage of pruning and fine-tuning."""
-    content = checkpoint.load(path)
-    config = config_from_dict(content["config"], source=str(path))
-    prepared = train.prepare(config, random_weights=True)
-    load_state(prepared.model, content["model_state_dict"], source=str(path))
+    stored = predictor.load(path, device="cpu", precision="fp32")
+    config = stored.config
+    prepared = fewer(training_films(stored, config), films, seed=seed)
     device = resolve_device(config.runtime.device)
     precision = resolve_precision(config.runtime.precision, device)
     with StopRequest() as stop:
         result = pruning.prune_and_distil(
-            fewer(prepared, films, seed=seed),
+            prepared,
             config,
             amount=amount,
             epochs=epochs,
@@ -107,7 +104,7 @@ def accuracy(path: Path, *, amount: float, epochs: int, films: int, seed: int) -
             precision=precision,
             stop=stop,
         )
-    print(f"{path}: {config.model.model_type}, {precision}, fine-tuned on {films} films an epoch")
+    print(f"{path}: {config.model.model_type}, {precision}, fine-tuned on {len(prepared.train_set)} films an epoch")
     for stage in result.stages:
         figures = stage.validation
         print(
@@ -116,14 +113,14 @@ def accuracy(path: Path, *, amount: float, epochs: int, films: int, seed: int) -
         )
 
 
-def fewer(prepared: train.Prepared, films: int, *, seed: int) -> train.Prepared:
+def fewer(prepared: Prepared, films: int, *, seed: int) -> Prepared:
     """The same with `films` of its training films, drawn at random."""
     table = prepared.manifest.table
     rows = table.index[table["split"] == "train"].to_numpy()
     unwanted = np.random.default_rng(seed).permutation(rows)[films:]
     manifest = Manifest(table.drop(index=unwanted), prepared.manifest.classes, prepared.manifest.root)
     train_set = FilmBatches(manifest.split("train"), prepared.train_set.pixels, None)
-    return dataclasses.replace(prepared, manifest=manifest, train_set=train_set, model=copy.deepcopy(prepared.model))
+    return dataclasses.replace(prepared, manifest=manifest, train_set=train_set)
 
 
 def main() -> None:

@@ -112,9 +112,13 @@ def test_a_damaged_description_is_one_line(copied: Path, text: str, said: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_file_without_a_hash_is_refused(copied: Path) -> None:
-    with pytest.raises(CheckpointError, match="without a hash"):
+def test_a_file_without_a_hash_is_refused(copied: Path) -> None:
+    with pytest.raises(CheckpointError, match="no hash of other.onnx"):
         predictor.load(change(copied, file="other.onnx"))
+    hashes = json.loads((copied / bundle.FACTS).read_text())["hashes"]
+    rest = {name: digest for name, digest in hashes.items() if name != bundle.RECORDS}
+    with pytest.raises(CheckpointError, match="no hash of records.pth"):
+        predictor.load(change(copied, file=bundle.FLOAT_FILE, hashes=rest))
 
 
 def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:

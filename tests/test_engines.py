@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_a_streamed_film_has_the_same_bits_alone_and_among_others(path: Path, co
         ((alone_logits, alone_features),) = engine.stream([film])
         np.testing.assert_array_equal(alone_logits, logits)
         np.testing.assert_array_equal(alone_features, features)
+
+
+def test_threads_that_stream_at_once_get_the_bits_of_one_alone(path: Path) -> None:
+    """More threads than requests, singly and in batches: nobody's film is overwritten and nobody waits for ever."""
+    spec = PreprocessSpec(image_size=SIZE, channels=1, mean=MEAN, std=STD)
+    engine = engines.onnx_engine("openvino", path, spec, precision="fp32", threads=2)
+    assert isinstance(engine, engines.OpenVinoEngine) and engine.lanes == 2
+    images = np.split(films(24, 1), 24)
+    expected = [logits for logits, _ in engine.stream(images)]
+
+    def ask(start: int) -> bool:
+        count = 1 + start % 5
+        found = engine.stream(images[start : start + count])
+        return all(np.array_equal(row, logits) for row, (logits, _) in zip(expected[start:], found))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, [*range(20)] * 10, timeout=60))
 
 
 def test_a_stream_of_nothing_is_empty(path: Path) -> None:

@@ -14,11 +14,13 @@ import torch
 
 import bundle
 import candidates
+import gate
 import main
 import optimization
 import optimization_report
 import predictor
-from config import OptimizationConfig, resolve
+from config import OptimizationConfig, flatten, resolve
+from engines import onnx_engine
 from errors import CheckpointError, ConfigError, DataError
 from preprocess import PreprocessSpec
 
@@ -63,6 +65,35 @@ def test_the_bundle_is_what_the_report_chose(optimized: Path, report: dict[str, 
     assert predictor.load(optimized).engine.name == report["chosen"]
     others = [item["speed"]["throughput"] for item in report["candidates"]]
     assert row["speed"]["throughput"] >= (1 - optimization.NEAR_TIE) * max(others)
+
+
+def validation_films(stored: predictor.Predictor) -> np.ndarray:
+    config = resolve(flatten(stored.config.to_dict(), source="checkpoint"))
+    val = optimization.training_films(stored, config).val_set
+    return np.stack([val.pixels[int(row)] for row in val.store_rows])
+
+
+def test_the_gate_of_a_bundle_has_thresholds_for_its_own_engine(optimized: Path, trained: Path) -> None:
+    own = predictor.load(trained / "best_model.pth", device="cpu", precision="fp32")
+    stored = bundle.read(optimized).input_gate
+    assert own.input_gate is not None and stored is not None
+    outputs = predictor.load(optimized).engine.outputs
+    expected = gate.refit(own.input_gate, gate.describe(outputs, candidates.batches_of(validation_films(own))))
+    np.testing.assert_allclose(stored["thresholds"], expected["thresholds"], rtol=1e-5)
+    assert stored["thresholds"] != own.input_gate["thresholds"]
+    assert torch.equal(stored["features"]["mean"], own.input_gate["features"]["mean"])
+
+
+def test_int8_keeps_the_mean_logits_of_the_float_model(optimized: Path, trained: Path, report: dict[str, Any]) -> None:
+    stored = predictor.load(trained / "best_model.pth", device="cpu", precision="fp32")
+    films = validation_films(stored)
+    file = optimized / bundle.INT8_FILE
+    rounded = onnx_engine(optimization.onnx_kind(), file, stored.spec, precision="int8").logits(films)
+    shift = report["networks"]["full"]["quantisation"]["shift"]
+    assert np.abs(shift).max() > 1e-5  # there was something to take off
+    # Kernels differ with the size of a batch, by less than the shift itself.
+    exact = stored.engine.logits(films)
+    np.testing.assert_allclose(rounded.mean(axis=0), exact.mean(axis=0), atol=0.2 * np.abs(shift).max())
 
 
 def test_the_report_is_words_and_a_picture_too(optimized: Path, report: dict[str, Any]) -> None:

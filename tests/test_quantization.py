@@ -42,16 +42,19 @@ def error(path: Path, source: Path, films: list[np.ndarray]) -> float:
     return float(np.linalg.norm(logits(path, films) - wanted) / np.linalg.norm(wanted))
 
 
+def content(path: Path, source: Path, films: list[np.ndarray]) -> Judgement:
+    """A judge who finds every file good enough and shifts nothing."""
+    return Judgement(error(path, source, films), None, (0.0, 0.0))
+
+
 @pytest.fixture(scope="module")
 def made(source: Path, films: list[np.ndarray]) -> quantization.Quantised:
     target = source.with_name("int8.onnx")
-    return quantization.quantise(
-        source, target, films, judge=lambda path, quick: Judgement(error(path, source, films), None)
-    )
+    return quantization.quantise(source, target, films, judge=lambda path, quick: content(path, source, films))
 
 
 def test_the_recipe_with_the_smallest_error_is_kept(made: quantization.Quantised) -> None:
-    assert len(made.errors) == 2  # the last resort was not needed
+    assert len(made.errors) == 2
     assert made.error == made.errors[made.recipe] == min(made.errors.values())
     assert made.left_in_float == () and made.reason is None
 
@@ -85,9 +88,27 @@ def test_weights_a_tool_left_in_float_are_stored_in_a_quarter_of_the_room(
     np.testing.assert_allclose(compiled(np.concatenate(films))["logits"], logits(target, films), atol=1e-5)
 
 
-def test_the_last_layer_keeps_its_floats(made: quantization.Quantised) -> None:
-    (last,) = [node for node in onnx.load(str(made.path)).graph.node if "logits" in node.output]
-    assert not any("dq_" in name or "Dequant" in name for name in last.input)
+def test_the_last_layer_keeps_its_floats(made: quantization.Quantised, source: Path) -> None:
+    (last,) = [node for node in onnx.load(str(source)).graph.node if "logits" in node.output]
+    (same,) = [node for node in onnx.load(str(made.path)).graph.node if node.name == last.name]
+    assert same.op_type == "Gemm" and list(same.input[1:]) == list(last.input[1:])
+    assert not any("dq_" in name or "Dequant" in name for name in same.input)
+
+
+def test_what_the_judge_finds_missing_is_added_to_the_logits(
+    source: Path, films: list[np.ndarray], tmp_path: Path
+) -> None:
+    shift = (0.25, -0.5)
+    moved = quantization.quantise(
+        source, tmp_path / "q.onnx", films, judge=lambda *_, **__: Judgement(0.1, None, shift)
+    )
+    onnx.checker.check_model(onnx.load(str(moved.path)))
+    first = quantization.quantise(
+        source, tmp_path / "p.onnx", films, judge=lambda *_, **__: Judgement(0.1, None, (0.0, 0.0))
+    )
+    assert moved.recipe == first.recipe and moved.shift == shift
+    gap = logits(moved.path, films) - logits(first.path, films)
+    np.testing.assert_allclose(gap, np.tile(shift, (len(films), 1)), atol=1e-6)
 
 
 def test_int8_is_near_the_float_model(made: quantization.Quantised) -> None:
@@ -128,7 +149,7 @@ def test_blocks_that_hurt_are_left_in_float_until_the_judge_is_content(
 
     def strict(path: Path, *, quick: bool) -> Judgement:
         found = error(path, source, films)
-        return Judgement(found, None if quick or found < limit else "too far off")
+        return Judgement(found, None if quick or found < limit else "too far off", (0.0, 0.0))
 
     recipe(source, source.with_name("plain.onnx"), films)
     limit = 0.8 * error(source.with_name("plain.onnx"), source, films)
@@ -137,6 +158,9 @@ def test_blocks_that_hurt_are_left_in_float_until_the_judge_is_content(
     assert made.error < min(made.errors.values())
     assert (made.reason is None) == (made.error < limit)
     assert set(made.left_in_float) <= set(quantization.blocks_of(onnx.load(str(source))))
+    # They compute in float, but do not take four bytes a weight again.
+    weights = [item for item in onnx.load(str(made.path)).graph.initializer if np.prod(item.dims) >= quantization.LARGE]
+    assert weights and {item.data_type for item in weights} == {onnx.TensorProto.INT8}
 
 
 def test_squeeze_excite_gates_are_one_block() -> None:
@@ -161,7 +185,7 @@ def test_without_nncf_onnx_runtime_does_it(
     find = quantization.importlib.util.find_spec
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None if name == "nncf" else find(name))
     made = quantization.quantise(
-        source, tmp_path / "q.onnx", films, judge=lambda path, quick: Judgement(error(path, source, films), None)
+        source, tmp_path / "q.onnx", films, judge=lambda path, quick: content(path, source, films)
     )
     assert made.recipe == "ONNX Runtime min-max"
     assert made.error < 0.1
@@ -181,4 +205,6 @@ def test_a_graph_no_tool_takes_is_one_line(
 
     monkeypatch.setattr(quantization, "recipes", lambda: {"only": broken})
     with pytest.raises(ConfigError, match="no tool takes this model .only: no such luck"):
-        quantization.quantise(source, source.with_name("x.onnx"), films, judge=lambda path, quick: Judgement(0, None))
+        quantization.quantise(
+            source, source.with_name("x.onnx"), films, judge=lambda path, quick: Judgement(0, None, ())
+        )
