@@ -39,6 +39,7 @@ from config import Config
 from errors import ConfigError, RequestError, ServingError
 from predictor import Predictor
 from runtime import Interrupted, log
+from serving_connection import BoundedProtocol
 from serving_form import ClientGone, Part
 from serving_security import SECURITY_HEADERS, read_keys
 from serving_service import Service
@@ -46,6 +47,8 @@ from serving_service import Service
 WEB = Path(__file__).resolve().parent / "web"
 OPEN_ROUTES = frozenset({"/", "/health", "/livez", "/readyz", "/docs", "/openapi.json", "/favicon.ico"})
 """Answered without a key: the page, its documentation and the probes."""
+ENGINE_ROUTES = frozenset({"/predict", "/predict/batch", "/explain"})
+"""Refused before anything else is done for them while the queue is full."""
 NO_TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 
 # --- parameters -------------------------------------------------------------------------------------------------
@@ -57,6 +60,28 @@ def files(parts: Sequence[Part], name: str) -> list[memoryview]:
     if not contents:
         raise RequestError(422, f"no file in the form field {name!r}")
     return contents
+
+
+def note(parts: Sequence[Part], columns: Sequence[str]) -> dict[str, str]:
+    """What a form says beside its film, of the `columns` that the model reads; RequestError 422 where it reads none."""
+    sent = {part.name: bytes(part.content).decode("utf-8", "replace") for part in parts if not part.is_file}
+    if "text" in sent and "text" not in columns:
+        raise RequestError(422, "this model reads no text: send the film alone")
+    return {name: sent[name] for name in columns if name in sent}
+
+
+def notes(parts: Sequence[Part], columns: Sequence[str], count: int) -> list[dict[str, str]]:
+    """The same of several films: the field `cases`, a JSON list with an object for each; RequestError 422."""
+    sent = [bytes(part.content) for part in parts if part.name == "cases" and not part.is_file]
+    if not sent:
+        return [{}] * count
+    try:
+        listed = json.loads(sent[0])
+    except ValueError:
+        raise RequestError(422, "cases is not JSON") from None
+    if not (isinstance(listed, list) and len(listed) == count and all(isinstance(item, dict) for item in listed)):
+        raise RequestError(422, f"cases is a JSON list of {count} objects, one for each file")
+    return [{name: str(item[name]) for name in columns if item.get(name) is not None} for item in listed]
 
 
 def flag(request: Request, name: str, parts: Sequence[Part] = ()) -> bool:
@@ -192,12 +217,12 @@ def _add_predictions(api: FastAPI, service: Service) -> None:
         openapi_extra=docs.upload("file") | {"parameters": [docs.FEATURES]},
     )
     async def predict(request: Request) -> Response:
-        service.queue.require_room()
         with service.bodies.holding() as body:
             parts = await service.form(request, body, max_files=1)
             content, features = files(parts, "file")[0], flag(request, "return_features", parts)
             with service.queue.admit():
-                work = service.predict(content, key=request.scope["key"], features=features)
+                said = note(parts, service.columns)
+                work = service.predict(content, key=request.scope["key"], features=features, note=said)
                 return json_response(await service.while_connected(request, work))
 
     @api.post(
@@ -207,12 +232,12 @@ def _add_predictions(api: FastAPI, service: Service) -> None:
         openapi_extra=docs.upload("files", many=True) | {"parameters": [docs.FEATURES]},
     )
     async def predict_batch(request: Request) -> Response:
-        service.queue.require_room()
         started = time.perf_counter()
         with service.bodies.holding() as body:
             parts = await service.form(request, body, max_files=service.settings.max_files)
             contents, features = files(parts, "files"), flag(request, "return_features", parts)
-            work = service.predict_many(contents, key=request.scope["key"], features=features)
+            said = notes(parts, service.columns, len(contents))
+            work = service.predict_many(contents, key=request.scope["key"], features=features, notes=said)
             entries = await service.while_connected(request, work)
         spent = round((time.perf_counter() - started) * 1000, 3)
         return json_response(
@@ -234,11 +259,11 @@ def _add_explanation(api: FastAPI, service: Service) -> None:
         wanted = choice(request, "format", ("json", "overlay", "heat_map"))
         target = choice(request, "target", service.predictor.classes)
         opacity = number(request, "opacity", 0.5)
-        service.queue.require_room()
         with service.bodies.holding() as body:
-            content = files(await service.form(request, body, max_files=1), "file")[0]
+            parts = await service.form(request, body, max_files=1)
+            content, said = files(parts, "file")[0], note(parts, service.columns)
             with service.queue.admit():
-                work = service.explain(content, key=request.scope["key"], target=target, opacity=opacity)
+                work = service.explain(content, key=request.scope["key"], target=target, opacity=opacity, note=said)
                 result = await service.while_connected(request, work)
         if wanted is None:
             wanted = "overlay" if request.headers.get("accept", "").startswith("image/png") else "json"
@@ -264,7 +289,7 @@ def _add_pages(api: FastAPI) -> None:
 
 
 class Front:
-    """What every request passes: key, rate limit, security headers, counting, and a bare 500 for our faults."""
+    """What every request passes: key, rate limit, room in the queue, headers, counting, a bare 500 for our faults."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         self.app, self.service = app, service
@@ -297,12 +322,14 @@ class Front:
         self._count(scope["path"], status, time.perf_counter() - started)
 
     def _admit(self, scope: Scope) -> str:
-        """The name of the key; RequestError 401 or 429."""
+        """The name of the key; RequestError 401, 429 or 503."""
         path = scope["path"]
         if path in OPEN_ROUTES or path.startswith("/static/"):
             return ""
         name = self.service.keys.name_of(dict(scope["headers"])) if self.service.keys else ""
         self.service.limiter.take(name)
+        if path in ENGINE_ROUTES and scope["method"] == "POST":
+            self.service.queue.require_room()
         return name
 
     def _count(self, path: str, status: int, seconds: float) -> None:
@@ -388,6 +415,7 @@ def _run(service: Service, listener: socket.socket) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(service),
+            http=BoundedProtocol,
             log_config=None,
             access_log=False,
             server_header=False,

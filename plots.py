@@ -470,6 +470,46 @@ def score_histogram(
     _save(figure, path)
 
 
+def score_shift(report: Mapping[str, Any], path: Target, *, title: str = "") -> None:
+    """Scores of the films measured, in bars, against what validation's classes give at two prevalences, in lines.
+
+    `report` has edges (B + 1,), observed, expected and expected_at_prevalence (B,), validation_prevalence, prevalence.
+    """
+    figure, (axis,) = _figure(5.6, 3.2)
+    edges = np.asarray(report["edges"], dtype=np.float64)
+    axis.stairs(report["observed"], edges, fill=True, facecolor=GREY, alpha=0.35, label="Films measured")
+    lines = (
+        ("expected", report["validation_prevalence"], BLUE, "--"),
+        ("expected_at_prevalence", report["prevalence"]["value"], VERMILION, "-"),
+    )
+    for name, prevalence, colour, line in lines:
+        label = f"Validation's classes at prevalence {prevalence:.2f}"
+        axis.stairs(report[name], edges, color=colour, linestyle=line, linewidth=1.3, label=label)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _label(axis, "Score", "Share of the films", title)
+    _legend(axis, loc="upper center", bbox_to_anchor=(0.5, 1.34))
+    _save(figure, path)
+
+
+def accuracy_against_coverage(report: Mapping[str, Any], path: Target, *, title: str = "") -> None:
+    """Accuracy of the surest films against their share, with intervals at the coverages of the table.
+
+    `report` has coverage and accuracy (C,) and rows with coverage and accuracy {value, ci_low, ci_high}.
+    """
+    figure, (axis,) = _figure(5.6, 3.2)
+    axis.plot(report["coverage"], report["accuracy"], color=BLUE, linewidth=1.4)
+    rows = [row for row in report["rows"] if row["accuracy"]["ci_low"] is not None]
+    value, low, high = (np.array([row["accuracy"][key] for row in rows]) for key in ("value", "ci_low", "ci_high"))
+    bars = np.maximum(0, np.stack([value - low, high - value]))
+    at = [row["coverage"] for row in rows]
+    axis.errorbar(at, value, yerr=bars, color=BLUE, linestyle="none", marker="o", markersize=4, capsize=2)
+    axis.set_xlim(1.02, 0)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _label(axis, "Films decided, the surest first", "Accuracy of these", title)
+    _save(figure, path)
+
+
 # --- probabilities --------------------------------------------------------------------------------------------
 
 
@@ -621,6 +661,33 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Target, *, title
         _label(axis, "Epoch", label)
     if title:
         figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def tuning(
+    trials: Sequence[tuple[int, float]],
+    importances: Mapping[str, float],
+    path: Target,
+    *,
+    monitor: str,
+    maximize: bool,
+) -> None:
+    """The figure of each finished trial, the best so far, and how much each searched field matters.
+
+    `trials` are (number, value); `importances` field → share in [0, 1], its panel left out when empty.
+    """
+    figure, axes = _figure(3.6 * (2 if importances else 1) + 0.3, 3.1, 1, 2 if importances else 1)
+    numbers = np.array([number for number, _ in trials])
+    values = np.array([value for _, value in trials], dtype=np.float64)
+    best = (np.maximum if maximize else np.minimum).accumulate(values)
+    axes[0].plot(numbers, values, "o", markersize=4, label="Trial")
+    axes[0].step(numbers, best, where="post", label="Best so far")
+    _label(axes[0], "Trial", f"Validation {monitor}")
+    _legend(axes[0])
+    if importances:
+        names = list(importances)[::-1]
+        axes[1].barh(names, [importances[name] for name in names])
+        _label(axes[1], "Share of the variance explained", "")
     _save(figure, path)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import modality_report
+import shift_report
 from checklist import BLANK, checklist, open_items, rule_in_words
 from errors import DataError
 from figures import shown_thresholds
@@ -105,8 +107,10 @@ def report_html(result: Mapping[str, Any], drawn: Mapping[str, str], pictures: M
         _summary(result),
         _films(result),
         _performance(result, drawn),
+        modality_report.section_html(result.get("modalities")),
         _operating_points(result) if binary else _per_class(result),
         _calibration(result, drawn),
+        shift_report.section_html(result, drawn),
         _utility(result, drawn) if binary else "",
         _subgroups(result, drawn) if binary else "",
         _agreement(result),
@@ -563,7 +567,7 @@ def _checklist(result: Mapping[str, Any]) -> str:
     ]
     words = (
         "<p>Item numbers of TRIPOD+AI (2024), CLAIM (2024) and STARD-AI (2025); topics in our own words. What this run "
-        "knows is filled in; what is open only the authors can say.</p>"
+        "knows is filled in; what is open only the authors can say. A dash claims no item of that guideline.</p>"
     )
     head = ["Topic", "TRIPOD+AI", "CLAIM", "STARD-AI", "Status", "Here"]
     return section("Reporting checklist", words, table(head, rows), new_page=True)

@@ -143,10 +143,18 @@ EXPLAIN_PARAMETERS = [
 def upload(name: str, *, many: bool = False) -> dict[str, Any]:
     """The request body of an upload under `name`."""
     file = {"type": "string", "format": "binary", "description": "JPEG, PNG, TIFF or DICOM; the content decides"}
+    beside = {
+        "cases" if many else "text": {
+            "type": "string",
+            "description": "for models that read notes (`reads` in /model/info): "
+            + ('a JSON list with an object for each file, such as [{"text": "…", "age": "63"}]' if many else "the note")
+            + "; left out, it counts as missing",
+        }
+    }
     schema = {
         "type": "object",
         "required": [name],
-        "properties": {name: {"type": "array", "items": file, "minItems": 1} if many else file},
+        "properties": {name: {"type": "array", "items": file, "minItems": 1} if many else file, **beside},
     }
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 

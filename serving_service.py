@@ -11,10 +11,11 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import cv2
@@ -44,6 +45,8 @@ MAX_EXPLANATIONS = 4
 """Explanations taken on at one time: each stops the engine for about three predictions."""
 PROVENANCE_SHOWN = ("code_version", "seed", "epoch", "libraries", "manifest_digest")
 
+NO_NOTE: Mapping[str, str] = MappingProxyType({})
+
 Answer = TypeVar("Answer")
 
 
@@ -54,6 +57,10 @@ class Film:
     pixels: Pixels | None
     """As stored, for the input gate; None where there is no gate."""
     image_HWC: npt.NDArray[np.uint8]
+    case: Any
+    """What the engine takes: the film, or for a model that reads notes the film with its note."""
+    note: Mapping[str, str]
+    """What was sent beside the film, by column."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,17 @@ class Service:
         record = settings.record_scores
         self.scores = ScoreRecord(Path(record), model_version=self.model_version) if record else None
         self.decoders = ThreadPoolExecutor(decode_threads(settings), thread_name_prefix="decode")
+        # An answer must not wait behind films that are still to be decoded.
+        self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self.queue = EngineQueue(
             self._compute,
             max_queue=settings.max_queue,
-            max_batch=settings.max_batch,
+            # Films that have a core each need not wait for one another.
+            max_batch=1 if predictor.lanes > 1 else settings.max_batch,
+            lanes=predictor.lanes,
             budget_s=settings.latency_budget_ms / 1000,
+            max_wait_s=settings.max_wait_ms / 1000,
+            least_queue=2 * settings.max_batch,
             warm_up=self._warm_up,
             on_batch=self.metrics.batch,
             on_failure=lambda: self.on_failure(),
@@ -99,15 +112,19 @@ class Service:
         self._explaining = 0
         self._explained: tuple[Any, torch.device] | None = None
 
-    # --- in the engine's thread ---
+    @property
+    def columns(self) -> list[str]:
+        """What the model reads beside a film: fields of a form."""
+        return [] if self.predictor.reader is None else self.predictor.reader.columns
+
+    # --- in the engine's threads ---
 
     def _warm_up(self) -> None:
         """Compile, allocate and find out how many films a call may hold, before the first request pays for it."""
         self.predictor.widen_calls(most=self.settings.max_batch)
-        side, channels = self.predictor.spec.image_size, self.predictor.spec.channels
         for count in sorted({1, self.settings.max_batch}) * 2:
             started = time.perf_counter()
-            self.predictor.exact_outputs(np.zeros((count, side, side, channels), dtype=np.uint8))
+            self.predictor.exact_outputs(self.predictor.blank(count))
             self.queue.times.observe(count, time.perf_counter() - started)
         # What lives as long as the process need not be looked at by every collection.
         gc.collect()
@@ -116,6 +133,20 @@ class Service:
     def _compute(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Row]:
         probabilities_BC, features_BF = self.predictor.exact_outputs(np.stack(images))
         return [Row(*row) for row in zip(probabilities_BC, features_BF)]
+
+    def _evidence(self, film: Film, target: int) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """The heat map, and of a model that reads notes the evidence of each word."""
+        if self.predictor.reader is None:
+            return self._heat_map(film.image_HWC, target), {}
+        from case_engine import CaseTorchEngine
+        from word_attribution import film_map, words
+
+        engine = self.predictor.engine
+        if not isinstance(engine, CaseTorchEngine):
+            raise UserError("explanations of notes need the checkpoint, and an optimised bundle is served")
+        found = words(engine, film.case, film.note.get("text", ""), target=target)
+        listed = [{"word": item.word, "evidence": item.evidence} for item in found]
+        return film_map(engine, film.case, target=target), {"words": listed}
 
     def _heat_map(self, image_HWC: npt.NDArray[np.uint8], target: int) -> npt.NDArray[np.float32]:
         """Runs between two batches: the maps hang hooks into the network that other films must not pass."""
@@ -133,24 +164,21 @@ class Service:
 
     # --- in the decoders' threads ---
 
-    def decode(self, content: memoryview) -> Film:
-        """The film in these bytes, whatever they were called; RequestError 413 or 422."""
+    def decode(self, content: memoryview, note: Mapping[str, str] = NO_NOTE) -> Film:
+        """The film in these bytes, whatever they were called, with its note; RequestError 413 or 422."""
         if len(content) > self.settings.max_file_mb * MIB:
             raise RequestError(413, f"a file is larger than {self.settings.max_file_mb:g} MiB")
         started = time.perf_counter()
         try:
             pixels = decode(bytes(content), self.predictor.spec, max_pixels=self.settings.max_pixels)
             image_HWC = apply(self.predictor.spec, pixels)
+            case = image_HWC if self.predictor.reader is None else self.predictor.case(image_HWC, note)
         except DataError as error:
             raise RequestError(422, first_line(error)) from None
         self.metrics.decoding.observe(time.perf_counter() - started)
-        return Film(pixels if self.gate is not None else None, image_HWC)
+        return Film(pixels if self.gate is not None else None, image_HWC, case, note)
 
     # --- in the event loop ---
-
-    async def in_thread(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
-        """What `function` returns, run by a decoder."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
 
     async def form(self, request: Request, body: bytearray, *, max_files: int) -> list[Part]:
         """The form a request sends, in views of `body`, which is filled with the request's; RequestError."""
@@ -159,7 +187,7 @@ class Service:
         kind = request.headers.get("content-type", "")
         if len(body) < PARSE_IN_THREAD:
             return parse_form(body, kind, max_files=max_files)
-        return await self.in_thread(lambda: parse_form(body, kind, max_files=max_files))
+        return await in_thread(self.decoders, lambda: parse_form(body, kind, max_files=max_files))
 
     async def while_connected(self, request: Request, work: Awaitable[Answer]) -> Answer:
         """The result of `work`, given up when the client leaves (ClientGone) or the deadline passes (503)."""
@@ -175,16 +203,18 @@ class Service:
             task.cancel()
             gone.cancel()
 
-    async def predict(self, content: memoryview, *, key: str, features: bool = False) -> dict[str, Any]:
+    async def predict(
+        self, content: memoryview, *, key: str, features: bool = False, note: Mapping[str, str] = NO_NOTE
+    ) -> dict[str, Any]:
         """The answer to one film that has a place in the queue; RequestError."""
         started = time.perf_counter()
-        film = await self.in_thread(self.decode, content)
+        film = await in_thread(self.decoders, self.decode, content, note)
         return await self._answer(film, content, started, key=key, features=features)
 
     async def _answer(
         self, film: Film, content: memoryview, started: float, *, key: str, features: bool
     ) -> dict[str, Any]:
-        row: Row = await self.queue.submit(film.image_HWC)
+        row: Row = await self.queue.submit(film.case)
         in_distribution, reason = await self._gate(film, row)
         result = self.result(row)
         result |= {"in_distribution": in_distribution, "reason": reason}
@@ -199,7 +229,7 @@ class Service:
     async def _gate(self, film: Film, row: Row) -> tuple[bool | None, str | None]:
         if self.gate is None:
             return None, None
-        verdict = await self.in_thread(self.gate.check, film.pixels, film.image_HWC, row.features_F)
+        verdict = await in_thread(self.finishers, self.gate.check, film.pixels, film.image_HWC, row.features_F)
         return verdict.in_distribution, verdict.reason or None
 
     def result(self, row: Row) -> dict[str, Any]:
@@ -232,7 +262,14 @@ class Service:
             said = {name: result[name] for name in ("prediction", "probabilities", "in_distribution")}
             self.audit.write(key=key, content=content, result=said, model_version=self.model_version)
 
-    async def predict_many(self, contents: Sequence[memoryview], *, key: str, features: bool) -> list[dict[str, Any]]:
+    async def predict_many(
+        self,
+        contents: Sequence[memoryview],
+        *,
+        key: str,
+        features: bool,
+        notes: Sequence[Mapping[str, str]] | None = None,
+    ) -> list[dict[str, Any]]:
         """One entry a file, in order; a file that cannot be answered has its own error."""
         places = asyncio.Semaphore(self.settings.max_batch)
 
@@ -240,7 +277,8 @@ class Service:
             async with places:
                 try:
                     with await self.queue.place():
-                        return {"index": index, **await self.predict(content, key=key, features=features)}
+                        note = NO_NOTE if notes is None else notes[index]
+                        return {"index": index, **await self.predict(content, key=key, features=features, note=note)}
                 except RequestError as error:
                     return {"index": index, "error": str(error), "status": error.status}
 
@@ -251,23 +289,31 @@ class Service:
             for task in tasks:
                 task.cancel()
 
-    async def explain(self, content: memoryview, *, key: str, target: str | None, opacity: float) -> dict[str, Any]:
+    async def explain(
+        self,
+        content: memoryview,
+        *,
+        key: str,
+        target: str | None,
+        opacity: float,
+        note: Mapping[str, str] = NO_NOTE,
+    ) -> dict[str, Any]:
         """A prediction with its heat map and overlay as PNG bytes; RequestError 503 while too many are under way."""
         if self._explaining >= MAX_EXPLANATIONS:
             raise RequestError(503, "too many explanations are under way; try again", retry_after=5)
         self._explaining += 1
         try:
             started = time.perf_counter()
-            film = await self.in_thread(self.decode, content)
+            film = await in_thread(self.decoders, self.decode, content, note)
             result = await self._answer(film, content, started, key=key, features=False)
             wanted = target or result["prediction"]
             index = self.predictor.classes.index(wanted)
             try:
-                heat_HW = await self.queue.submit(lambda: self._heat_map(film.image_HWC, index), is_call=True)
+                heat_HW, words = await self.queue.submit(lambda: self._evidence(film, index), is_call=True)
             except UserError as error:
                 raise RequestError(422, f"no heat map: {_without_path(error, self.source)}") from None
-            heat_png, overlay_png = await self.in_thread(_pictures, film.image_HWC, heat_HW, opacity)
-            extra = {"method": "gradcam", "target": wanted, "opacity": opacity}
+            heat_png, overlay_png = await in_thread(self.finishers, _pictures, film.image_HWC, heat_HW, opacity)
+            extra = {"method": "gradcam", "target": wanted, "opacity": opacity, **words}
             return result | extra | {"heat_map_png": heat_png, "overlay_png": overlay_png}
         finally:
             self._explaining -= 1
@@ -281,6 +327,7 @@ class Service:
             "engine": predictor.engine.name,
             "device": prediction.engine_device(predictor.engine),
             "classes": list(predictor.classes),
+            "reads": self.columns,
             "positive_class": predictor.positive_class,
             "threshold": predictor.threshold if predictor.positive_class is not None else None,
             "operating_point": dict(predictor.operating_point),
@@ -314,6 +361,7 @@ class Service:
         yield
         await asyncio.get_running_loop().run_in_executor(None, self.queue.close)
         self.decoders.shutdown()
+        self.finishers.shutdown()
         if self.scores is not None:
             with contextlib.suppress(ConfigError):
                 self.scores.flush()
@@ -334,6 +382,11 @@ def model_version(predictor: Predictor, source: Path) -> str:
         while block := stream.read(MIB):
             digest.update(block)
     return f"{predictor.config.model.model_type}-{digest.hexdigest()[:12]}"
+
+
+async def in_thread(pool: ThreadPoolExecutor, function: Callable[..., Answer], *arguments: Any) -> Answer:
+    """What `function` returns, run by a thread of `pool`."""
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
 async def _disconnected(request: Request) -> None:

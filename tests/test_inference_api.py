@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,13 +129,48 @@ def test_every_format_gets_the_answer_of_the_command_line(
         (tmp_path / f"{number}.{form.lower()}").write_bytes(content)
     words = ["predict", str(tmp_path), "--checkpoint", str(trained / "best_model.pth"), "--device", "cpu"]
     assert main.main([*words, "--precision", "fp32", "--output-dir", str(tmp_path / "out"), "--quiet"]) == 0
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "predictions.csv").read_text())))
     with ThreadPoolExecutor(5) as pool:
         answers = list(pool.map(lambda content: client.post("/predict", files=upload(content)).json(), contents))
+    require_equal(tmp_path / "out", answers)
+
+
+def require_equal(folder: Path, answers: list[dict[str, Any]]) -> None:
+    """The rows of `predictions.csv` say what the server answered."""
+    rows = list(csv.DictReader(io.StringIO((folder / "predictions.csv").read_text())))
     for row, answer in zip(rows, answers, strict=True):
         assert row["prediction"] == answer["prediction"]
         for name, value in answer["probabilities"].items():
             assert row[f"probability_{name}"] == f"{value:.6f}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "file"), [("onnxruntime", "model"), ("openvino", "model"), ("openvino", "model_int8")]
+)
+def test_every_engine_gives_many_clients_the_answer_of_the_command_line(
+    optimized: Path, tmp_path: Path, engine: str, file: str
+) -> None:
+    bundle, films = tmp_path / "bundle", tmp_path / "films"
+    shutil.copytree(optimized, bundle, ignore=shutil.ignore_patterns("triton"))
+    films.mkdir()
+    facts = json.loads((bundle / "bundle.json").read_text())
+    facts |= {"engine": engine, "precision": "int8" if "int8" in file else "fp32", "file": f"{file}.onnx"}
+    (bundle / "bundle.json").write_text(json.dumps(facts))
+    contents = [film(seed, form=["JPEG", "PNG", "TIFF"][seed % 3], size=40 + seed) for seed in range(6)]
+    for number, content in enumerate(contents):
+        (films / f"{number}.png").write_bytes(content)
+    words = ["predict", str(films), "--bundle", str(bundle), "--output-dir", str(tmp_path / "out"), "--quiet"]
+    assert main.main(words) == 0
+    loaded = predictor.load(bundle)
+    assert loaded.engine.name.startswith(engine)
+    loaded.input_gate = None
+    client = started(Service(loaded, ServingConfig(), source=bundle, keys=ApiKeys({})))
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.post, "/predict", files=upload(content)) for content in contents * 5]
+        answers = [future.result().json() for future in asked]
+    client.__exit__(None, None, None)
+    for number, answer in enumerate(answers):
+        assert answer["probabilities"] == answers[number % 6]["probabilities"]
+    require_equal(tmp_path / "out", answers[:6])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -191,12 +227,15 @@ def test_an_explanation_is_two_pictures_of_the_models_square(client: TestClient,
         assert response.headers["content-type"] == "image/png" and response.content[:4] == b"\x89PNG"
 
 
-def test_the_gate_speaks_in_the_answer_and_refuses_when_asked_to(serving: Any) -> None:
-    class Refusing:
-        def check(self, pixels: Any, image_HWC: Any, features_F: Any) -> GateResult:
-            assert pixels.shape == (48, 48) and image_HWC.ndim == 3 and features_F.ndim == 1
-            return GateResult(False, "a colour photograph", 4.0)
+class Refusing:
+    """An input gate that no film passes."""
 
+    def check(self, pixels: Any, image_HWC: Any, features_F: Any) -> GateResult:
+        assert pixels.shape == (48, 48) and image_HWC.ndim == 3 and features_F.ndim == 1
+        return GateResult(False, "a colour photograph", 4.0)
+
+
+def test_the_gate_speaks_in_the_answer_and_refuses_when_asked_to(serving: Any) -> None:
     client, service = serving()
     service.gate = Refusing()  # type: ignore[assignment]
     answer = client.post("/predict", files=upload(film())).json()
@@ -205,6 +244,25 @@ def test_the_gate_speaks_in_the_answer_and_refuses_when_asked_to(serving: Any) -
     response = client.post("/predict", files=upload(film()))
     assert response.status_code == 422 and response.json() == {"detail": "not answered: a colour photograph"}
     assert "medimg_out_of_distribution_total 2.0" in client.get("/metrics").text
+
+
+def test_an_answer_does_not_wait_behind_films_that_are_still_to_be_decoded(
+    serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, service = serving(decode_threads=1)
+    service.gate = Refusing()  # type: ignore[assignment]
+    let, seen = hold(service, monkeypatch)
+    decoding = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/predict", files=upload(film()))
+        while not seen:
+            time.sleep(0.001)
+        service.decoders.submit(decoding.wait)
+        let.set()
+        try:
+            assert answer.result(timeout=10).json()["in_distribution"] is False
+        finally:
+            decoding.set()
 
 
 def test_the_gate_of_the_checkpoint_is_asked(serving: Any, trained: Path) -> None:

@@ -8,7 +8,7 @@ const MOST_TRIES = 5; // of a request that a busy server turned away
 const $ = (id) => document.getElementById(id);
 
 /** @type {{id: number, file: File, state: string, note: string, result: object|null, error: string,
- *          preview: string, unshowable: boolean, map: object|null, explaining: string}[]} */
+ *          preview: string, unshowable: boolean, map: object|null, explaining: string, text: string}[]} */
 const films = [];
 let selected = null;
 let apiKey = "";
@@ -79,6 +79,7 @@ async function askPatiently(path, options, say) {
 function upload(film) {
   const form = new FormData();
   form.append("file", film.file, "film"); // the name stays here: it may name a patient
+  if (film.text) form.append("text", film.text);
   return { method: "POST", body: form };
 }
 
@@ -87,7 +88,7 @@ function upload(film) {
 function addFilms(files) {
   const added = [...files].map((file) => ({
     id: nextId++, file, state: "waiting", note: "", result: null, error: "", preview: "", unshowable: false, map: null,
-    explaining: "",
+    explaining: "", text: $("note-box").hidden ? "" : $("note").value.trim(),
   }));
   if (!added.length) return;
   films.push(...added);
@@ -132,7 +133,8 @@ async function explain(film) {
     const answer = await askPatiently(
       "explain?opacity=0", () => upload(film), (note) => changed(film, { explaining: note }),
     );
-    film.map = { film: pngUrl(answer.overlay_png), heat: await coloured(answer.heat_map_png), target: answer.target };
+    const heat = await coloured(answer.heat_map_png);
+    film.map = { film: pngUrl(answer.overlay_png), heat, target: answer.target, words: answer.words || [] };
     changed(film, { explaining: "" });
     say(`Heat map of ${film.file.name} is shown.`);
   } catch (error) {
@@ -326,7 +328,21 @@ function showPicture() {
   $("explain").disabled = explaining.endsWith("…");
   $("opacity-row").hidden = !map;
   $("explain-state").textContent = explaining;
+  showWords(map ? map.words : []);
   if (unshowable && state === "done" && !map && !explaining) explain(selected);
+}
+
+/** The words of the note, coloured by what they did to the score, the strongest most. */
+function showWords(words) {
+  const strongest = Math.max(...words.map(({ evidence }) => Math.abs(evidence)), 1e-9);
+  $("words").hidden = !words.length;
+  $("words-line").replaceChildren(...words.flatMap(({ word, evidence }) => {
+    const share = (0.5 * Math.abs(evidence)) / strongest;
+    const span = element("span", word);
+    span.style.backgroundColor = evidence > 0 ? `rgba(230, 120, 0, ${share})` : `rgba(40, 110, 200, ${share})`;
+    span.title = `${evidence > 0 ? "+" : ""}${evidence.toFixed(2)}`;
+    return [span, " "];
+  }));
 }
 
 function filmFailed() {
@@ -418,6 +434,7 @@ async function loadCard() {
   try {
     const info = await ask("model/info");
     squash = !info.preprocess || info.preprocess.resize === "squash";
+    $("note-box").hidden = !(info.reads || []).includes("text");
     $("model-line").textContent = `${info.model_type || ""} ${info.classes ? `· ${info.classes.join(" or ")}` : ""}`;
     $("card").replaceChildren(...cardRows(info).map(([label, text]) => {
       const pair = element("div");
