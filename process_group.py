@@ -238,7 +238,8 @@ def _join(device: torch.device, timeout_s: float) -> Group:
     group = Group(rank, size, int(os.environ.get("LOCAL_RANK", "0")), timeout_s=timeout_s)
     limit = timedelta(seconds=timeout_s)
     with group.naming("the meeting of the processes"):
-        _store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        _store = dist.PrefixStore(_attempt(), store)
         if device.type == "cuda":
             _take_gpu(device, group.local_rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -251,6 +252,15 @@ def _join(device: torch.device, timeout_s: float) -> Group:
             if first <= rank < end:
                 group.node, group.local_size = node, end - first
     return group
+
+
+def _attempt() -> str:
+    """A name for this start of the processes by torchrun, which keeps its store, old addresses in it, when it restarts.
+
+    On one machine only: on several, each counts its own restarts.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else 'any'}"
 
 
 def _take_gpu(device: torch.device, local_rank: int) -> None:
