@@ -301,8 +301,15 @@ def load(
     load_state(model, content["model_state_dict"], source=str(path))
     torch_device = resolve_device(device)
     chosen = resolve_precision(precision, torch_device)
+    return _of_checkpoint(content, TorchEngine(model, spec, device=torch_device, precision=chosen), spec, config)
+
+
+def _of_checkpoint(
+    content: dict[str, Any], engine: Engine, spec: PreprocessSpec, config: Config, reader: CaseReader | None = None
+) -> Predictor:
+    """`engine` with what a checkpoint says beside its weights."""
     return Predictor(
-        TorchEngine(model, spec, device=torch_device, precision=chosen),
+        engine,
         spec=spec,
         classes=content["classes"],
         temperature=float(content["temperature"]),
@@ -311,6 +318,7 @@ def load(
         provenance=content["provenance"],
         seen_films=content["seen_films"].numpy(),
         input_gate=content.get("input_gate"),
+        reader=reader,
     )
 
 
@@ -323,18 +331,7 @@ def _load_cases(
     load_state(model, content["model_state_dict"], source=str(path))
     torch_device = resolve_device(device)
     engine = CaseTorchEngine(model, reader, device=torch_device, precision=resolve_precision(precision, torch_device))
-    predictor = Predictor(
-        engine,
-        spec=spec,
-        classes=content["classes"],
-        temperature=float(content["temperature"]),
-        operating_point=content["operating_point"],
-        config=config,
-        provenance=content["provenance"],
-        seen_films=content["seen_films"].numpy(),
-        input_gate=content.get("input_gate"),
-        reader=reader,
-    )
+    predictor = _of_checkpoint(content, engine, spec, config, reader)
     predictor.branches = content.get("branches", {})
     return predictor
 

@@ -270,6 +270,7 @@ def test_where_the_cache_cannot_be_training_goes_its_ordinary_way_and_says_so(
 def test_a_disk_that_would_not_hold_the_features_is_said_with_the_size(
     tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MEDIMG_CACHE_DIR", str(tmp_path / "cache"))  # other tests may have left such features
     train.prepare(tiny)  # the pixel cache is there before the disk is full
     import shutil
 

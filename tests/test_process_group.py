@@ -113,11 +113,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 # --- shared work gives the same bits ---
 
 
-def predictions(group: Group, folder: Path, films: Path) -> Any:
+def predictions(group: Group, run: Path, films: Path, folder: Path) -> Any:
     import evaluate
     import predict
 
-    best, target = folder / "best_model.pth", folder / f"p{group.size}"
+    best, target = run / "best_model.pth", folder / f"p{group.size}"
     predict.predict([str(films)], checkpoint=best, output_dir=target, device="cpu", group=group)
     stored, config = evaluate.configured(best, [{"runtime.device": "cpu"}], None)
     manifest, _ = evaluate.evaluation_manifest(stored, config)
@@ -126,11 +126,13 @@ def predictions(group: Group, folder: Path, films: Path) -> Any:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_shared_predictions_are_those_of_one_process_to_the_last_bit(trained: Path, films: Path, size: int) -> None:
-    expected, paths, _ = predictions(ALONE, trained, films)
-    for found, own_paths, unreadable in processes.run(size, predictions, trained, films):
+def test_shared_predictions_are_those_of_one_process_to_the_last_bit(
+    trained: Path, films: Path, tmp_path: Path, size: int
+) -> None:
+    expected, paths, _ = predictions(ALONE, trained, films, tmp_path)
+    for found, own_paths, unreadable in processes.run(size, predictions, trained, films, tmp_path):
         assert np.array_equal(found, expected) and own_paths == paths and not unreadable
-    files = [(trained / f"p{count}" / "predictions.csv").read_bytes() for count in (1, size)]
+    files = [(tmp_path / f"p{count}" / "predictions.csv").read_bytes() for count in (1, size)]
     assert files[0] == files[1] and files[0].count(b"\n") == 1 + len(list(films.rglob("*.jpeg")))
 
 
