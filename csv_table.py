@@ -39,9 +39,7 @@ def read_text_table(path: Path, *, what: str) -> pd.DataFrame:
     return table
 
 
-def read_films(
-    path: Path, *, what: str, header: str, filled: Sequence[str] = ("path", "label")
-) -> pd.DataFrame:
+def read_films(path: Path, *, what: str, header: str, filled: Sequence[str] = ("path", "label")) -> pd.DataFrame:
     """A table of films: `path` and `label` in every row, blanks around label, split and patient_id cut off.
 
     `header` says in an error which columns such a table has, `filled` which cells must not be empty. DataError as of
