@@ -64,6 +64,8 @@ def audit(
     config = resolve(*overrides)
     source = source or Path(config.data.manifest or config.data.data_dir)
     require_writable(output_dir)
+    if write_manifest is not None:
+        require_writable(write_manifest.resolve().parent, flag="--write-manifest")
     started = time.perf_counter()
     films = list_films(source, patient_pattern=config.data.patient_id_regex)
     workers = config.runtime.workers if config.runtime.workers > 0 else os.cpu_count() or 1

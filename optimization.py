@@ -129,6 +129,8 @@ def optimize(
     stored = predictor.load(checkpoint, device="cpu", precision="fp32", model_type=model_type)
     config = resolve(flatten(stored.config.to_dict(), source=str(checkpoint)), *overrides)
     require_writable(output_dir)
+    if triton_repository is not None:
+        require_writable(triton_repository, flag="--triton-repository")
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".optimize-") as folder:
         work = Optimization(checkpoint, stored, config, Path(folder))
         report = work.run()

@@ -82,14 +82,14 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def require_writable(folder: Path) -> None:
-    """Make `folder` and try a file in it, before long work; ConfigError when that cannot be."""
+def require_writable(folder: Path, *, flag: str = "--output-dir") -> None:
+    """Make `folder`, which `flag` names, and try a file in it, before long work; ConfigError when that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"--output-dir {folder}: cannot be written ({error.strerror}); name another folder") from None
+        raise ConfigError(f"{flag} {folder}: cannot be written ({error.strerror}); name another folder") from None
 
 
 def _umask() -> int:

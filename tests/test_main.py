@@ -226,3 +226,16 @@ def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str])
 def test_a_recipe_is_a_configuration_that_holds_together(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["config", "--recipe", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) != json.loads(json.dumps(Config().to_dict()))
+
+
+@pytest.mark.parametrize("flag", ["--write-manifest", "--output-dir"])
+def test_an_audit_names_the_flag_of_a_place_that_cannot_be_written(
+    films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    target = tmp_path / "file" / ("m.csv" if flag == "--write-manifest" else "out")
+    words = ["audit", str(films), "--output-dir", str(tmp_path / "out"), flag, str(target), "--quiet"]
+    assert main.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {flag} {tmp_path}/file") and "cannot be written" in line
+    assert not list(tmp_path.rglob("audit.*"))  # before anything was read

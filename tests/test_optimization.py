@@ -421,3 +421,12 @@ def test_torch_candidates_run_the_model_in_memory(trained: Path) -> None:
 
 def test_an_undefined_number_is_written_as_such() -> None:
     assert optimization_report._number(None, 2) == optimization_report._number(float("nan"), 2) == "undefined"
+
+
+def test_a_triton_repository_that_cannot_be_written_is_said_before_the_work(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="--triton-repository .*file/models: cannot be written"):
+        optimization.optimize(
+            trained / "best_model.pth", output_dir=tmp_path / "out", triton_repository=tmp_path / "file" / "models"
+        )
+    assert not list((tmp_path / "out").iterdir())
