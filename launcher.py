@@ -84,15 +84,26 @@ def _start(words: Sequence[str], *, processes: int, name: str) -> tuple[int, str
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         rank, first = error.get_first_failure()
-        ended = next((code for code in codes if code in ENDED), 1)
         how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else f"ended with {first.exitcode}"
-        return ended, f"process {rank} {how}"
+        return verdict(codes), f"process {rank} {how}"
     except SignalException as stopped:
         return 128 + int(stopped.sigval), "stopped by a signal"
     finally:
         for number, handler in handlers.items():  # the engine leaves its own behind
             signal.signal(number, handler)
     return 0, "done"
+
+
+def verdict(codes: Sequence[int]) -> int:
+    """What the processes' exit codes say of the run: 2, 130 or 143 to end with, or 1 when one of them was lost.
+
+    The engine stops the others with SIGTERM as soon as one has failed: what they say then is not why.
+    """
+    if 2 in codes:
+        return 2
+    if any(code not in (*ENDED, -signal.SIGTERM) for code in codes):
+        return 1
+    return next((code for code in codes if code in ENDED), 1)
 
 
 def own_words(words: Sequence[str], flags: Sequence[str]) -> list[str]:

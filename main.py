@@ -864,14 +864,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Arguments) -> int:
     from runtime import Interrupted, setup_logging
 
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise Interrupted(number, "stopped before there was anything to save")
+    ended = threading.Event()
+
+    def terminate(number: int, frame: object) -> None:
+        if not ended.is_set():  # what has ended is only to be told, and then leaves by itself
+            raise Interrupted(number, "stopped before there was anything to save")
 
     setup_logging(quiet=arguments.quiet, speaks=is_main())
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
-        return VERBS[arguments.verb].run(arguments)
+        try:
+            return VERBS[arguments.verb].run(arguments)
+        finally:
+            ended.set()
     except UserError as error:
         _say_once(f"error: {error}")
         return 2

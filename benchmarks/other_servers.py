@@ -4,7 +4,8 @@
     python benchmarks/other_servers.py litserve --checkpoint checkpoints/best_model.pth --port 8001
 
 fastapi: the handler most tutorials show, one torch pass a request in FastAPI's thread pool. litserve: LitServe with
-this program's own decoder and engine, batched. Both take `file` at /predict; `pip install python-multipart litserve` first.
+this program's own decoder and engine, batched. Both take `file` at /predict; first
+`pip install python-multipart litserve`.
 """
 
 from __future__ import annotations

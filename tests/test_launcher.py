@@ -101,6 +101,24 @@ def test_sigterm_to_the_launcher_saves_and_ends_all(small: Config, tmp_path: Pat
     assert left["step"] > 2 * 9
 
 
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ([-9, 143], 1),  # one was lost, the other stopped for it
+        ([143, -9, -15], 1),
+        ([1, -15], 1),
+        ([2, 2], 2),
+        ([2, -15], 2),
+        ([-15, 2, 1], 2),
+        ([143, 143], 143),
+        ([130, -15], 130),
+        ([-15, -15], 1),
+    ],
+)
+def test_what_the_engine_did_to_the_others_is_not_why_a_run_ended(codes: list[int], said: int) -> None:
+    assert launcher.verdict(codes) == said
+
+
 def test_the_launcher_keeps_its_own_flags_to_itself() -> None:
     words = ["--epochs", "3", "--nproc-per-node", "2", "--max-restarts=1", "--set", "data.batch_size=4"]
     kept = launcher.own_words(words, ("--nproc-per-node", "--max-restarts"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +240,17 @@ def test_an_audit_names_the_flag_of_a_place_that_cannot_be_written(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {flag} {tmp_path}/file") and "cannot be written" in line
     assert not list(tmp_path.rglob("audit.*"))  # before anything was read
+
+
+def test_sigterm_while_a_mistake_is_being_told_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        told.append(line)
+
+    monkeypatch.setattr(main, "_say_once", tell)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main.main(["predict", "nowhere.jpeg", "--checkpoint", "x.pth"]) == 2
+    assert len(told) == 1 and "nowhere.jpeg" in told[0]
+    assert signal.getsignal(signal.SIGTERM) is before
