@@ -12,7 +12,6 @@ film in pixels, H and W the layer's own grid, C channels.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import threading
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import predictor
+from bundle import sha256
 from engines import InputScaling, TorchEngine
 from errors import CheckpointError, ConfigError, nearest
 from models import Classifier
@@ -130,7 +130,7 @@ def _bundle_checkpoint(bundle: Path, given: str | Path | None) -> Path:
             f"{bundle}: explanations need the checkpoint it was made from, and {found} is not there; say "
             "where it is now with --checkpoint"
         )
-    if hashlib.sha256(found.read_bytes()).hexdigest() != digest:
+    if sha256(found) != digest:
         raise CheckpointError(f"{found}: not the checkpoint that {bundle} was made from (its SHA-256 differs)")
     return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import sys
 import threading
 import warnings
 from collections import deque
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from errors import ConfigError
 from models import Classifier
 from preprocess import PreprocessSpec
-from runtime import autocast, cpu_flags
+from runtime import autocast, cpu_flags, silence_openvino
 
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Logits (B, classes) and pooled features (B, F)."""
@@ -135,8 +134,8 @@ def openvino_version() -> str | None:
 
 
 def import_openvino() -> Any:
-    """The openvino package, kept from reporting to its maker: it does so on import unless its reporter is missing."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    """The openvino package, kept from reporting to its maker."""
+    silence_openvino()
     import openvino
 
     return openvino

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from auroc import auroc, multiclass_auroc
 from config import TrainingConfig
+from data_preprocessing import class_weights
 from predictor import decide, softmax
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -108,6 +109,13 @@ def shrunk(films_BHWC: Tensor, side: int) -> Tensor:
     films_BCHW = films_BHWC.permute(0, 3, 1, 2).float()
     resized = F.interpolate(films_BCHW, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
     return resized.permute(0, 2, 3, 1)
+
+
+def loss_weights(labels: IntArray, n_classes: int, *, balance: str, device: torch.device) -> Tensor | None:
+    """Weight per class in the loss, float32 (C,) on `device`; None where `balance` asks for none."""
+    if balance not in ("loss", "sampler_and_loss"):
+        return None
+    return torch.tensor(class_weights(labels, n_classes), dtype=torch.float32, device=device)
 
 
 def improves(value: float, best: float | None, mode: str) -> bool:

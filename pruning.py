@@ -32,7 +32,6 @@ from data_preprocessing import (
     FilmBatches,
     Loader,
     Request,
-    class_weights,
     positive_class,
     sequential_requests,
     training_requests,
@@ -40,7 +39,7 @@ from data_preprocessing import (
 from engines import FloatEngine, InputScaling, OpenVinoFloatEngine, TorchFloatEngine, openvino_version
 from errors import ConfigError, UserError, first_line
 from models import Classifier, count_parameters, parameter_groups
-from objective import classification_loss, improves, validation_figures, warmup_cosine
+from objective import classification_loss, improves, loss_weights, validation_figures, warmup_cosine
 from preprocess import PreprocessSpec
 from runtime import Interrupted, StopRequest, autocast, log, memory_advice, progress
 from train import Prepared, WeightAverage
@@ -322,7 +321,8 @@ class Distillation:
         film_shape = self.clean_set[sequential_requests(1, 1)[0]].inputs.shape[1:]
         self.teacher = teacher_engine(prepared.model, self.spec, tuple(film_shape), device=device, precision=precision)
         self.to_input = InputScaling(self.spec).to(device)
-        self.weights_C = self._loss_weights()
+        labels, balance = self.train_set.labels, config.data.balance
+        self.weights_C = loss_weights(labels, len(self.classes), balance=balance, device=device)
         groups = parameter_groups(
             self.student,
             learning_rate=learning_rate,
@@ -364,12 +364,6 @@ class Distillation:
             n_classes=len(self.classes),
             weighted=self.config.data.balance in ("sampler", "sampler_and_loss"),
         )
-
-    def _loss_weights(self) -> Tensor | None:
-        if self.config.data.balance not in ("loss", "sampler_and_loss"):
-            return None
-        weights = class_weights(self.train_set.labels, len(self.classes))
-        return torch.tensor(weights, dtype=torch.float32, device=self.device)
 
     def _recalibrate(self, stop: StopRequest) -> None:
         size = self.config.data.batch_size

@@ -16,7 +16,6 @@ import importlib.util
 import io
 import logging
 import re
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -31,7 +30,7 @@ import onnx
 
 from errors import ConfigError, first_line
 from onnx_export import save_onnx
-from runtime import log
+from runtime import log, silence_openvino
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Inputs = FloatArray | Mapping[str, npt.NDArray[Any]]
@@ -145,7 +144,7 @@ def recipes() -> dict[str, Recipe]:
 
 def _import_nncf() -> Any:
     """nncf, kept from reporting to its maker and from filling the log."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    silence_openvino()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the libraries it imports

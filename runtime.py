@@ -157,6 +157,11 @@ def _run_label(folder: Path) -> str:
 # --- device and precision --------------------------------------------------------------------------------------
 
 
+def silence_openvino() -> None:
+    """Keep OpenVINO, and NNCF with it, from reporting to their maker: they do so unless their reporter is missing."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags as Linux names them; empty elsewhere."""
     try:

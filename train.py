@@ -46,7 +46,6 @@ from data_preprocessing import (
     Request,
     ResidentFilms,
     can_be_resident,
-    class_weights,
     describe,
     excluded_films,
     file_digests,
@@ -80,6 +79,7 @@ from objective import (
     classification_loss,
     draw_mixing,
     improves,
+    loss_weights,
     mix_batch,
     progressive_side,
     shrunk,
@@ -477,7 +477,8 @@ class Fit:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.check_every = CHECK_EVERY if device.type == "cuda" else 1
         self.average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
-        self.weights_C = self._loss_weights()
+        labels, balance = prepared.train_set.labels, config.data.balance
+        self.weights_C = loss_weights(labels, len(self.classes), balance=balance, device=device)
         self.standing = Standing()
         point = {"rule": "argmax"} if self.positive is None else {"rule": "fixed", "threshold": 0.5}
         self.calibrated: dict[str, Any] = {
@@ -506,12 +507,6 @@ class Fit:
             weight_decay=settings.weight_decay,
         )
         return torch.optim.AdamW(groups, fused=self.device.type in ("cpu", "cuda"))
-
-    def _loss_weights(self) -> Tensor | None:
-        if self.config.data.balance not in ("loss", "sampler_and_loss"):
-            return None
-        weights = class_weights(self.prepared.train_set.labels, len(self.classes))
-        return torch.tensor(weights, dtype=torch.float32, device=self.device)
 
     # -- the loop --
 
