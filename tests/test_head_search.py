@@ -17,7 +17,7 @@ import head_search as hs
 import predictor
 import train
 from config import Config, ModelConfig, TrainingConfig
-from data_preprocessing import Batch, Request
+from data_preprocessing import Batch, Request, class_weights
 from errors import ConfigError
 from models import create_model, make_head
 from objective import warmup_cosine
@@ -192,7 +192,7 @@ def test_a_run_with_a_logistic_start_begins_where_the_regression_ended(tiny: Con
         made.model, made.spec, made.train_set, made.val_set, views=4,
         folder=Path(config.data.cache_dir or tmp_path), device=CPU, precision="fp32",
     )  # fmt: skip
-    weights_C = train.class_weights(made.train_set.labels, 2)
+    weights_C = class_weights(made.train_set.labels, 2)
     (batch,) = features.train_batches([Request(1, np.arange(len(made.train_set)))])
     weight, _ = hs.logistic_regression(
         batch.inputs.numpy(), made.train_set.labels, n_classes=2, class_weights=weights_C
