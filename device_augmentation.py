@@ -20,6 +20,8 @@ from torch import Tensor
 
 from config import DataConfig
 
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Width over height of a random crop, before it is stretched to the film's square (Szegedy 2015)."""
 CROP_TRIES = 10
 MOST_HOLES = 4
 CLAHE_TILES = 8
@@ -68,6 +70,8 @@ class Draw:
     """Factor; 1 where unchanged."""
     brightness: Tensor
     """Added grey levels."""
+    gamma: Tensor
+    """Power; 1 where unchanged."""
     clahe: Tensor
     clip_limit: Tensor
     noise: Tensor
@@ -91,9 +95,9 @@ class DeviceAugmenter:
     def __init__(self, config: DataConfig, *, seed: int) -> None:
         self.seed, self.p, self.side = seed, config.augmentation_prob, config.image_size
         self.rotation, self.change = config.rotation_degrees, config.brightness_contrast
-        self.min_crop = config.min_crop_scale
+        self.min_crop, self.gamma = config.min_crop_scale, config.gamma
         self.active = self.p > 0
-        self.settings = ("device", seed, self.p, self.side, self.rotation, self.change, self.min_crop)
+        self.settings = ("device", seed, self.p, self.side, self.rotation, self.change, self.min_crop, self.gamma)
 
     def __call__(self, films_BHWC: Tensor, *, epoch: int, rows: npt.NDArray[np.int64]) -> Tensor:
         """Augmented uint8 films (B, H, W, C); `rows` (B,) are their positions in the pixel store."""
@@ -122,12 +126,13 @@ class DeviceAugmenter:
         def between(low: float, high: float) -> Tensor:
             return low + (high - low) * next(number)
 
-        crop = happens(p if self.min_crop < 1 else 0.0)
+        crop = happens(1.0 if self.min_crop < 1 else 0.0)
         scale, centre = self._crop(torch.stack([next(number) for _ in range(2 * CROP_TRIES + 2)], dim=1))
         rotated, angle = happens(p), between(-self.rotation, self.rotation)
         flip = happens(p)
         changed = happens(p)
         contrast, brightness = between(-self.change, self.change), between(-self.change, self.change)
+        bent, gamma = happens(p if self.gamma else 0.0), between(1 / (1 + self.gamma), 1 + self.gamma)
         clahe_on, clip_limit = happens(0.6 * p), between(1, 2)
         noise_on, noise_std = happens(0.6 * p), between(0.01 * 255, 0.04 * 255)
         blur_on, sigma = happens(0.4 * p), between(0.3, 1.0)
@@ -143,6 +148,7 @@ class DeviceAugmenter:
             flip,
             torch.where(changed, 1 + contrast, 1.0),
             torch.where(changed, 255 * brightness, 0.0),
+            torch.where(bent, gamma, 1.0),
             clahe_on,
             clip_limit,
             noise_on,
@@ -158,7 +164,9 @@ class DeviceAugmenter:
     def _crop(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Kept share and centre of a random resized crop; the first of ten tries that fits, else the whole film."""
         area = self.min_crop + (1 - self.min_crop) * numbers[:, :CROP_TRIES]
-        ratio = torch.exp(math.log(0.8) + math.log(1.25 / 0.8) * numbers[:, CROP_TRIES : 2 * CROP_TRIES])
+        ratio = torch.exp(
+            math.log(CROP_RATIO[0]) + math.log(CROP_RATIO[1] / CROP_RATIO[0]) * numbers[:, CROP_TRIES : 2 * CROP_TRIES]
+        )
         sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2)
         fits = (sizes <= 1).all(dim=2)
         first = fits.int().argmax(dim=1)
@@ -210,7 +218,13 @@ def resample(films_BCHW: Tensor, draw: Draw) -> Tensor:
 
 def _levels(films_BCHW: Tensor, draw: Draw) -> Tensor:
     changed = torch.addcmul(_column(draw.brightness, films_BCHW), films_BCHW, _column(draw.contrast, films_BCHW))
-    return changed.clamp_(0, 255)
+    changed = changed.clamp_(0, 255)
+    return _on_some(changed, draw.gamma != 1, lambda some, at: bend(some, draw.gamma[at]))
+
+
+def bend(films_NCHW: Tensor, gamma_N: Tensor) -> Tensor:
+    """Grey levels, as shares of white, raised to each film's power."""
+    return (films_NCHW / 255) ** _column(gamma_N, films_NCHW) * 255
 
 
 def clahe(films_NCHW: Tensor, clip_limits_N: Tensor) -> Tensor:

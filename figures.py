@@ -22,6 +22,7 @@ Draw = Callable[[plots.Target], None]
 RULE_NAMES = {
     "fixed": "Fixed",
     "youden": "Youden",
+    "stable_youden": "Youden, middle",
     "sensitivity": "Target sensitivity",
     "specificity": "Target specificity",
 }

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit
 
 from agreement import (
     ALPHA_METRICS,
@@ -265,14 +266,18 @@ class OperatingPoint:
     """Films it was chosen on."""
 
 
-RULES = ("fixed", "youden", "closest_topleft", "sensitivity", "specificity")
+RULES = ("fixed", "youden", "stable_youden", "closest_topleft", "sensitivity", "specificity")
+STABLE_WITHIN = 0.02
+"""Youden's index that stable_youden gives away at most at the ends of its range."""
 
 
 def choose_threshold(labels: ArrayLike, scores: ArrayLike, *, rule: str, target: float | None = None) -> OperatingPoint:
     """The threshold (score >= threshold is positive) that `rule` chooses; choose it on validation, never on test.
 
     youden maximises sensitivity + specificity (Youden 1950) and closest_topleft minimises the distance to the corner
-    of the ROC plot, of ties the most sensitive; sensitivity gives the best specificity among thresholds whose
+    of the ROC plot, of ties the most sensitive; stable_youden takes the middle, in log-odds of scores that are
+    probabilities, of all thresholds within STABLE_WITHIN of the largest index, for where classes hardly overlap the
+    maximum hangs on single films; sensitivity gives the best specificity among thresholds whose
     sensitivity reaches `target`; specificity the reverse; fixed takes `target` (0.5 without one). Thresholds lie
     midway between neighbouring scores. DataError when a class is absent.
     """
@@ -291,8 +296,11 @@ def choose_threshold(labels: ArrayLike, scores: ArrayLike, *, rule: str, target:
     true_positives = np.append(np.cumsum(np.bincount(group, weights=y)[::-1])[::-1], 0).astype(np.int64)
     false_positives = np.append(np.cumsum(np.bincount(group, weights=1 - y)[::-1])[::-1], 0).astype(np.int64)
     n_pos = int(y.sum())
-    cut = _best_cut(true_positives, false_positives, n_pos, len(y) - n_pos, rule, target)
-    chosen = operating_point(y, s, threshold=_midway(values, cut))
+    if rule == "stable_youden":
+        threshold = _stable_youden(values, true_positives / n_pos - false_positives / (len(y) - n_pos))
+    else:
+        threshold = _midway(values, _best_cut(true_positives, false_positives, n_pos, len(y) - n_pos, rule, target))
+    chosen = operating_point(y, s, threshold=threshold)
     return OperatingPoint(rule, target, chosen.threshold, chosen.sensitivity, chosen.specificity, len(y))
 
 
@@ -310,6 +318,15 @@ def _best_cut(
     if rule == "sensitivity":
         return int(np.flatnonzero(true_positives >= target * n_pos - slack)[-1])
     return int(np.flatnonzero(n_neg - false_positives >= target * n_neg - slack)[0])
+
+
+def _stable_youden(values: FloatArray, index_of_cut: FloatArray) -> float:
+    """The middle of the thresholds whose Youden index is within STABLE_WITHIN of the largest."""
+    near = np.flatnonzero(index_of_cut >= index_of_cut.max() - STABLE_WITHIN)
+    low, high = _midway(values, int(near[0])), _midway(values, int(near[-1]))
+    if values[0] >= 0 and values[-1] <= 1 and low > 0 and high < 1:
+        return float(expit((logit(low) + logit(high)) / 2))
+    return low + (high - low) / 2
 
 
 def _midway(values: FloatArray, cut: int) -> float:

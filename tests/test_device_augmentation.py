@@ -79,10 +79,19 @@ def test_switched_off_the_films_are_untouched() -> None:
 
 @pytest.mark.parametrize("p", [0.3, 0.8])
 def test_probabilities_and_ranges_are_those_of_the_cpu_augmenter(p: float) -> None:
-    config = DataConfig(image_size=SIDE, augmentation_prob=p, rotation_degrees=12, brightness_contrast=0.15)
+    config = DataConfig(
+        image_size=SIDE,
+        augmentation_prob=p,
+        rotation_degrees=12,
+        brightness_contrast=0.15,
+        gamma=0.6,
+        min_crop_scale=0.5,
+    )
     draw = da.DeviceAugmenter(config, seed=5).draw(epoch=1, rows=ROWS)
     by_name = {type(item).__name__: item for item in Augmenter(config, seed=5).pipeline.transforms}
     happened = {
+        "RandomResizedCrop": draw.crop,
+        "RandomGamma": draw.gamma != 1,
         "Rotate": draw.angle != 0,
         "HorizontalFlip": draw.flip,
         "RandomBrightnessContrast": draw.contrast != 1,
@@ -101,6 +110,7 @@ def test_probabilities_and_ranges_are_those_of_the_cpu_augmenter(p: float) -> No
         "angle": (draw.angle[draw.angle != 0], by_name["Rotate"].limit),
         "contrast": (draw.contrast[changed_levels] - 1, by_name["RandomBrightnessContrast"].contrast_limit),
         "brightness": (draw.brightness[changed_levels] / 255, by_name["RandomBrightnessContrast"].brightness_limit),
+        "gamma": (draw.gamma[draw.gamma != 1], np.array(by_name["RandomGamma"].gamma_limit) / 100),
         "clip": (draw.clip_limit, by_name["CLAHE"].clip_limit),
         "noise": (draw.noise_std / 255, by_name["GaussNoise"].std_range),
         "blur": (draw.blur_sigma, by_name["GaussianBlur"].sigma_limit),
@@ -112,9 +122,9 @@ def test_probabilities_and_ranges_are_those_of_the_cpu_augmenter(p: float) -> No
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0])
-@pytest.mark.parametrize("crop", [1.0, 0.6])
-def test_augmented_films_look_alike_in_the_mean_on_cpu_and_device(p: float, crop: float) -> None:
-    config = DataConfig(image_size=SIDE, augmentation_prob=p, min_crop_scale=crop)
+@pytest.mark.parametrize(("crop", "gamma"), [(1.0, 0.0), (0.6, 0.0), (1.0, 0.8)])
+def test_augmented_films_look_alike_in_the_mean_on_cpu_and_device(p: float, crop: float, gamma: float) -> None:
+    config = DataConfig(image_size=SIDE, augmentation_prob=p, min_crop_scale=crop, gamma=gamma)
     image, count = film(), 600
     one = Augmenter(config, seed=1)
     cpu = np.stack([one(image[:, :, None], epoch=1, index=index) for index in range(count)])[..., 0].astype(float)
@@ -159,6 +169,13 @@ def test_a_rotation_is_that_of_opencv(angle: float) -> None:
         for sign in (1, -1)
     ]  # which way is positive does not matter: angles are drawn from a symmetric range
     assert min(np.abs(turned - other).mean() for other in both) < 0.5
+
+
+def test_gamma_raises_shares_of_white_to_a_power() -> None:
+    films = torch.tensor([0.0, 64.0, 255.0]).view(1, 1, 1, 3).repeat(2, 1, 1, 1)
+    bent = da.bend(films, torch.tensor([1.0, 2.0]))[:, 0, 0]
+    assert bent[0].tolist() == pytest.approx([0, 64, 255])
+    assert bent[1].tolist() == pytest.approx([0, 255 * (64 / 255) ** 2, 255])
 
 
 def test_a_crop_is_that_part_of_the_film_enlarged() -> None:

@@ -96,6 +96,29 @@ def test_thresholds_lie_midway_between_scores_and_give_the_rates_they_promise(se
     assert (nudged.sensitivity, nudged.specificity) == (point.sensitivity, point.specificity)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_stable_youden_is_the_middle_of_what_is_nearly_best(seed: int) -> None:
+    y, p = predictions(seed, n=60)
+    values = np.unique(p[:, 1])
+    cuts = (values[1:] + values[:-1]) / 2
+    rates = [operating_point(y, p[:, 1], threshold=cut) for cut in cuts]
+    index = np.array([rate.sensitivity + rate.specificity - 1 for rate in rates])
+    low, high = cuts[index >= index.max() - 0.02][[0, -1]]
+    middle = (math.log(low / (1 - low)) + math.log(high / (1 - high))) / 2
+    point = choose_threshold(y, p[:, 1], rule="stable_youden")
+    assert point.threshold == pytest.approx(1 / (1 + math.exp(-middle)))
+
+
+def test_one_film_moves_youden_far_and_stable_youden_little() -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 200)
+    s = np.clip(np.concatenate([rng.beta(2, 12, 200), rng.beta(12, 2, 200)]), 0.001, 0.999)
+    y, s = np.append(y, 1), np.append(s, 0.02)
+    assert abs(choose_threshold(y, s, rule="stable_youden").threshold - 0.5) < 0.1
+    scores = -5 + 10 * s
+    assert abs(choose_threshold(y, scores, rule="stable_youden").threshold) < 1
+
+
 def test_neighbouring_floats_are_still_told_apart() -> None:
     low = 0.3
     point = choose_threshold([0, 1], [low, np.nextafter(low, 1)], rule="youden")
