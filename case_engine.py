@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engines import HostScaling, InputScaling, Outputs
+from engines import HostScaling, InputScaling, Outputs, openvino_core
 from multimodal import CaseInputs, CaseReader, Everything, MultimodalClassifier, Rows
 from runtime import autocast
 
@@ -101,11 +101,8 @@ def _onnxruntime(path: Path) -> Any:
 
 
 def _openvino(path: Path) -> Any:
-    from engines import import_openvino
-
-    openvino = import_openvino()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    core = openvino.Core()
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
     request = compiled.create_infer_request()
 

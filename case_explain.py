@@ -19,10 +19,10 @@ import numpy as np
 import explain as film_explain
 from attribution import Explained
 from case_engine import CaseTorchEngine
-from errors import ConfigError, DataError
+from errors import ConfigError
 from explain import Film, Settings, class_index, film_pictures, film_row, open_model, output_names, write_film
 from explain_report import case_html
-from predictor import Unreadable, find_cases, softmax
+from predictor import Unreadable, find_cases, none_readable, softmax
 from preprocess import has_film
 from runtime import code_version, log, progress, require_writable, write_json, write_text
 from word_attribution import film_maps, values, words
@@ -68,14 +68,15 @@ def _explained(explained: Explained, paths: Sequence[str], folder: Path, setting
     for name, path in zip(names, progress(paths, total=len(paths), label="explaining")):
         made = _case(explained, path, folder, name, settings)
         if isinstance(made, Unreadable):
-            log.warning("unreadable: %s", made.reason)
             unreadable.append(made)
             continue
         row, picture = made
         rows.append(row)
         pictures += [picture] if len(pictures) < SHOWN_CASES else []
     if not rows:
-        raise DataError(f"none of the {len(paths)} cases can be read: {unreadable[0].reason}")
+        raise none_readable(unreadable, "cases")
+    for item in unreadable:
+        log.warning("unreadable: %s", item.reason)
     predictor = explained.predictor
     result = {
         "cases": len(rows),

@@ -33,6 +33,7 @@ from config import Config, Overrides, flatten, resolve
 from engines import why_absent
 from errors import ConfigError, DataError
 from evaluate import evaluation_manifest, rows_of
+from fold_ensemble import is_ensemble
 from multimodal import CaseInputs, Everything, MultimodalClassifier, Rows
 from onnx_export import export_to_onnx, parity
 from optimization import (
@@ -106,7 +107,7 @@ def optimize(
     triton_repository: Path | None = None,
 ) -> dict[str, Any]:
     """As of `optimization.optimize`, for every kind of checkpoint; the content of optimization_report.json."""
-    if checkpoint.is_dir() or "multimodal" not in checkpoints.load(checkpoint):
+    if checkpoint.is_dir() or is_ensemble(checkpoint) or "multimodal" not in checkpoints.load(checkpoint):
         return optimization.optimize(
             checkpoint, overrides, output_dir=output_dir, model_type=model_type, triton_repository=triton_repository
         )

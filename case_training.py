@@ -33,6 +33,7 @@ from config import Config
 from data_preprocessing import Batch, Manifest, Request, ResidentFilms, can_be_resident, sequential_requests
 from errors import ConfigError, DataError
 from feature_cache import CannotCache, open_features
+from fusion import fusion_class
 from multimodal import (
     CaseInputs,
     CaseReader,
@@ -99,6 +100,7 @@ def checked(config: Config) -> Config:
         "training.head_search": config.training.head_search,
         "training.head_start": config.training.head_start != "random",
         "training.compile": config.training.compile != "off",
+        "data.task=multilabel": config.data.multilabel,
     }
     for name, given in alone.items():
         if given:
@@ -116,7 +118,9 @@ def prepare(
 
     `text_state` is that of a checkpoint whose text encoder is to be built again, without the weights that follow.
     """
-    made: dict[str, Any] = {}
+    fusion_class(config.multimodal.fusion)  # a wrong name, and a list that is not there, end it before anything is said
+    terms = read_terms(Path(config.multimodal.mask_terms)) if config.multimodal.mask_terms else []
+    made: dict[str, Any] = {"terms": tuple(terms)}
 
     def build(manifest: Manifest) -> MultimodalClassifier:
         made["columns"] = table_columns(config, manifest.table)
@@ -125,8 +129,6 @@ def prepare(
             made["columns"] = []
         rows = manifest.split("train")
         made["table"] = TableSpec.fit({name: rows[name].tolist() for name in made["columns"]})
-        terms = read_terms(Path(config.multimodal.mask_terms)) if config.multimodal.mask_terms else []
-        made["terms"] = tuple(terms)
         model, made["notes"] = new_model(
             config,
             modalities=made["modalities"],

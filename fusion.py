@@ -132,39 +132,47 @@ class Concatenation(Fusion):
 
 
 class CrossAttention(Fusion):
-    """Each modality's tokens look at those of all others; the means of what they find are weighed and joined.
+    """Each modality's mean asks the tokens of all others; what is found corrects the mean of the single opinions.
 
-    Multi-head attention as in Vaswani 2017, with a residual and a norm; both directions have their own weights.
+    Multi-head attention as in Vaswani 2017, with a residual and a norm; every direction has its own weights. The
+    correction starts at 0, so that few cases leave the fusion near what the modalities say alone (`Late`).
     """
 
     name = "cross_attention"
     needs_tokens = True
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        last: Any = self.classifier[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
     def build(self, heads: int) -> None:
         """One attention a modality, and a score for each."""
-        self.attention = nn.ModuleList(Attention(self.width, heads) for _ in range(self.count))
+        self.asking = nn.ModuleList(Attention(self.width, heads) for _ in range(self.count))
         self.norm = nn.ModuleList(nn.LayerNorm(self.width) for _ in range(self.count))
         self.score = nn.Linear(self.width, 1)
 
     def output_width(self) -> int:
-        """A mean a modality."""
+        """An answer a modality."""
         return self.count * self.width
 
     def forward(self, encoded: Encoded) -> Fused:
-        """The weights are those the joined means are multiplied by."""
-        means = []
-        for own, (tokens_BNW, mask_BN) in enumerate(zip(encoded.tokens, encoded.masks)):
+        """The weights are those the answers are multiplied by."""
+        answers = []
+        for own in range(self.count):
             others = [k for k in range(self.count) if k != own]
             keys_BKW = torch.cat([encoded.tokens[k] for k in others], dim=1)
             seen_BK = torch.cat([encoded.masks[k] for k in others], dim=1)
-            found_BNW, _ = self.attention[own](tokens_BNW, keys_BKW, seen_BK)
-            joined_BNW = self.norm[own](tokens_BNW + found_BNW)
-            weights_BN1 = mask_BN[..., None]
-            means.append((joined_BNW * weights_BN1).sum(dim=1) / weights_BN1.sum(dim=1))
-        means_BMW = torch.stack(means, dim=1)
-        weights_BM = masked_softmax(self.score(torch.tanh(means_BMW))[..., 0], encoded.present_BM)
-        scaled_BMW = means_BMW * (weights_BM * self.count)[..., None]
-        return Fused(self.classifier(scaled_BMW.flatten(1)), weights_BM)
+            question_B1W = encoded.vectors_BMW[:, own, None]
+            found_B1W, _ = self.asking[own](question_B1W, keys_BKW, seen_BK)
+            answers.append(self.norm[own](question_B1W + found_B1W)[:, 0])
+        answers_BMW = torch.stack(answers, dim=1)
+        weights_BM = masked_softmax(self.score(torch.tanh(answers_BMW))[..., 0], encoded.present_BM)
+        scaled_BMW = answers_BMW * (weights_BM * self.count)[..., None]
+        # Detached: the single heads are what the fusion is measured against, and learn from their own loss alone.
+        alone_BC, _ = mean_opinion(encoded.branch_logits_BMC.detach(), encoded.present_BM)
+        return Fused(alone_BC + self.classifier(scaled_BMW.flatten(1)), weights_BM)
 
 
 class Attention(nn.Module):
@@ -276,5 +284,10 @@ class Late(Fusion):
 
     def forward(self, encoded: Encoded) -> Fused:
         """Every present modality weighs the same; where none is, all do."""
-        weights_BM = masked_softmax(torch.zeros_like(encoded.present_BM), encoded.present_BM)
-        return Fused((encoded.branch_logits_BMC * weights_BM[..., None]).sum(dim=1), weights_BM)
+        return mean_opinion(encoded.branch_logits_BMC, encoded.present_BM)
+
+
+def mean_opinion(logits_BMC: Tensor, present_BM: Tensor) -> Fused:
+    """The mean over present modalities of what each says alone, and their weights."""
+    weights_BM = masked_softmax(torch.zeros_like(present_BM), present_BM)
+    return Fused((logits_BMC * weights_BM[..., None]).sum(dim=1), weights_BM)

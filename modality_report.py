@@ -24,6 +24,8 @@ from model_comparison import compare_predictions
 from page import interval, number, p_value, section, table, text, warning
 from predictor import Predictor, softmax
 from runtime import progress
+from shortcuts import nuisances
+from tabular import plain
 from text_leak import naming_words, note_alone, terms_file
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -32,6 +34,8 @@ SHOWN_METRICS = ("auc_roc", "accuracy", "sensitivity", "specificity", "brier")
 RESAMPLES = 500
 """Of the bootstrap behind the intervals of the metrics that have no closed form."""
 BATCH = 16
+CHANCE = 0.05
+"""Adjusted p-value below which a column alone is said to tell the class."""
 GAIN = 0.01
 """An AUROC gain of the fusion below this is not spoken of."""
 
@@ -92,6 +96,8 @@ def measure(predictor: Predictor, rows: pd.DataFrame, known: pd.DataFrame | None
         },
         "weights": _weights(predictor.reader.modalities, cases.weights_NM),
     }
+    if "table" in predictor.reader.modalities:
+        result["columns"] = _columns(predictor, cases.rows if known is None else known)
     terms = None
     if "text" in predictor.reader.modalities:
         result["text_leak"], terms = _leak(predictor, cases, points, known, settings)
@@ -175,6 +181,23 @@ def _weights(modalities: Sequence[str], weights_NM: FloatArray | None) -> dict[s
         name: {"q1": float(low[k]), "median": float(middle[k]), "q3": float(high[k])}
         for k, name in enumerate(modalities)
     }
+
+
+def _columns(predictor: Predictor, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """How well each column of the table tells the class before any network, best first; as of `shortcuts`."""
+    assert predictor.reader is not None
+    own: dict[str, Any] = {}
+    for column in predictor.reader.table.columns:
+        texts = [plain(value) for value in rows[column.name]] if column.name in rows else [""] * len(rows)
+        own[column.name] = texts if column.levels else pd.to_numeric(pd.Series(texts), errors="coerce").to_numpy(float)
+    found = nuisances(
+        own,
+        rows["label"].to_numpy(np.int64),
+        classes=predictor.classes,
+        patients=rows["patient_id"].tolist(),
+        positive_class=predictor.positive_class,
+    )
+    return [item.as_report() for item in found]
 
 
 def _per_case(predictor: Predictor, cases: Cases, heads: Mapping[str, FloatArray]) -> pd.DataFrame:
@@ -302,6 +325,13 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         said.append(f"the fusion (AUROC {fused:.3f}) is not better than {name} alone ({alone:.3f})")
     elif result["fused_minus"][name]["auc_roc"].get("p_value", 1.0) > 0.05:
         said.append(f"the gain of the fusion over {name} alone ({alone:.3f}) may be chance")
+    for column in result.get("columns", []):
+        if column["p_adjusted"] < CHANCE:
+            said.append(
+                f"{column['nuisance']} alone tells {column['positive_class']} with AUROC "
+                f"{column['auroc']['value']:.2f}: where that is a habit of the place and not of the disease, train "
+                "without that column"
+            )
     leak = result.get("text_leak")
     if not leak or not leak["leaking"]:
         return said
@@ -339,6 +369,7 @@ def section_html(result: Mapping[str, Any] | None) -> str:
         f"<p class='note'>Heads of single modalities were trained in the same run. Fusion: {text(result['fusion'])}; "
         f"{result['masked_terms']} terms blotted out of the notes. Cases with: {_counts(result['present'])}.</p>\n",
         _weights_table(result["weights"]),
+        _columns_table(result.get("columns", [])),
         _leak_html(leak) if leak else "",
     ]
     return section("What each modality contributes", *parts)
@@ -370,6 +401,19 @@ def _weights_table(weights: Mapping[str, Any] | None) -> str:
         for name, item in weights.items()
     ]
     return "<h3>Weights in the fusion</h3>" + table(["", "Median", "Quartiles"], rows, numbers=(1, 2))
+
+
+def _columns_table(columns: Sequence[Mapping[str, Any]]) -> str:
+    if not columns:
+        return ""
+    rows = []
+    for item in columns:
+        shares = item["shares"].items()
+        split = ", ".join(f"{text(level)} {of['of_the_class']:,} of {of['films']:,}" for level, of in shares)
+        tells = text(f"{item['positive_class']}: {item['how']}")
+        rows.append([text(item["nuisance"]), tells, interval(item["auroc"]), p_value(item["p_adjusted"]), split])
+    head = ["Column", "Tells", "AUROC", "p, adjusted", "Cases of the class"]
+    return "<h3>What each column says by itself</h3>" + table(head, rows, numbers=(2, 3))
 
 
 def _leak_html(leak: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pandas as pd
 import pytest
@@ -20,13 +21,15 @@ import bundle
 import case_engine
 import case_explain
 import case_optimization
+import engines
 import main
 import predictor
+import quantization
 from config import resolve
 from errors import CheckpointError, ConfigError, DataError
 from explain import Settings
 from multimodal import CaseReader, new_model
-from onnx_export import parity
+from onnx_export import parity, save_onnx
 from preprocess import PreprocessSpec, apply, decode
 from tabular import TableSpec
 from tests.cases import TINY_CASES, film
@@ -210,6 +213,57 @@ def test_a_bundle_predicts_as_its_checkpoint(
         answers.append([item.probabilities["PNEUMONIA"] for item in stored.predict_files(list(cases["path"]))])
     tolerance = 0.05 if "int8" in report["chosen"] else 1e-4
     np.testing.assert_allclose(answers[0], answers[1], atol=tolerance)
+
+
+@pytest.mark.realdata
+def test_real_encoders_become_onnx_with_both_inputs_and_int8_a_quarter_of_its_size(
+    assets: Path, tmp_path: Path
+) -> None:
+    """An ImageNet encoder and MiniLM under new heads, on real films with their notes."""
+    own = {
+        "model.model_type": "tf_efficientnet_lite0",
+        "model.weights": str(assets / "weights" / "tf_efficientnet_lite0.safetensors"),
+        "model.freeze_backbone": True,
+        "multimodal.text_model": str(assets / "weights" / "minilm"),
+        "multimodal.fusion": "gated",
+    }
+    modalities = ("image", "text")
+    torch.manual_seed(0)
+    model, notes = new_model(resolve(own), modalities=modalities, table=TableSpec(()), classes=("a", "b"))
+    reader = CaseReader(PreprocessSpec(224, mean=(0.5,) * 3, std=(0.5,) * 3), modalities, TableSpec(()), notes)
+    manifest = assets / "data" / "covid_notes" / "manifest.csv"
+    cases = pd.read_csv(manifest, keep_default_na=False).head(16)
+    films = [apply(reader.spec, decode(str(manifest.parent / path), reader.spec)) for path in cases["path"]]
+    rows = reader.rows([None, *films[1:]], {"text": [*cases["text"][:-1], ""]})
+    engine = case_engine.CaseTorchEngine(model, reader, device=torch.device("cpu"), precision="fp32")
+    path = case_optimization.export(engine, rows, tmp_path / "model.onnx", metadata={})
+    exported = case_engine.CaseOnnxEngine(path, reader, precision="fp32")
+    assert len(set(rows["length"].tolist())) > 8  # notes of many lengths
+    assert parity(engine.logits, exported.logits, rows, batch_sizes=(1, 3, 16)).largest < 1e-4
+    calibration = [exported.inputs(rows[k : k + 1]) for k in range(1, 9)]
+    int8 = tmp_path / "int8.onnx"
+    quantization.recipes()["NNCF asymmetric"](path, int8, calibration)
+    save_onnx(quantization.with_small_weights(onnx.load(str(int8))), int8)
+    exact_NC, rounded_NC = engine.logits(rows), case_engine.CaseOnnxEngine(int8, reader, precision="int8").logits(rows)
+    # Of heads that learned nothing the logits are small beside the rounding: 0.4 here, 0.08 once trained; 1 is silence.
+    assert np.linalg.norm(rounded_NC - exact_NC) < 0.6 * np.linalg.norm(exact_NC)
+    assert int8.stat().st_size < 0.3 * path.stat().st_size
+
+
+def test_the_engines_of_cases_share_the_one_core_of_the_process(
+    optimized_cases: tuple[Path, dict[str, Any]], trained_cases: Path
+) -> None:
+    made = engines.openvino_core.cache_info().currsize
+    stored = predictor.load(trained_cases / "best_model.pth", precision="fp32")
+    assert stored.reader is not None
+    found = case_engine.CaseOnnxEngine(
+        optimized_cases[0] / "model.onnx", stored.reader, precision="fp32", kind="openvino"
+    )
+    rows = np.stack([stored.case(None, {"text": "dense"})])
+    np.testing.assert_allclose(found.logits(rows), stored.engine.logits(rows), atol=1e-3)
+    assert made <= engines.openvino_core.cache_info().currsize == 1
+    source = Path(case_engine.__file__).read_text(encoding="utf-8")
+    assert ".Core(" not in source
 
 
 def test_pruning_of_cases_is_refused(trained_cases: Path, tmp_path: Path) -> None:

@@ -138,6 +138,45 @@ def test_remarks_say_when_the_fusion_is_no_better() -> None:
     assert "may be chance" in modality_report.remarks({"heads": heads, "fused_minus": paired})[0]
 
 
+def confounded_cases(folder: Path, count: int = 160) -> Path:
+    """Films that say little, taken lying down (AP) mostly where there is no disease; ages that say nothing."""
+    rng = np.random.default_rng(1)
+    (folder / "films").mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        positive = bool(number % 2)
+        name = f"films/{number}.png"
+        Image.fromarray(film(bright_left=rng.random() < (0.6 if positive else 0.4), rng=rng)).save(folder / name)
+        view = "PA" if rng.random() < (0.8 if positive else 0.2) else "AP"
+        label = "PNEUMONIA" if positive else "NORMAL"
+        age = "" if number % 9 == 0 else str(rng.integers(20, 90))
+        rows.append({"path": name, "label": label, "patient_id": f"p{number}", "view": view, "age": age})
+    path = folder / "cases.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def test_a_column_that_tells_the_class_by_itself_is_said_to(tmp_path: Path) -> None:
+    own = {"data.manifest": str(confounded_cases(tmp_path / "data")), "multimodal.columns": ["age", "view"]}
+    settings = {"training.num_epochs": 8, "training.learning_rate": 1e-2, "runtime.output_dir": str(tmp_path / "run")}
+    train_multimodal(resolve(TINY_CASES, own, settings))
+    report = evaluate.evaluate(tmp_path / "run" / "best_model.pth", [FAST], output_dir=tmp_path / "out")
+    found = report["modalities"]
+    assert list(found["heads"]) == ["fused", "image", "table"] and set(found["fused_minus"]) == {"image", "table"}
+    view, age = found["columns"]
+    table = pd.read_csv(own["data.manifest"]).set_index("path")
+    split = pd.read_csv(tmp_path / "run" / "split.csv")
+    known = table.loc[["films/" + Path(path).name for path in split.loc[split["split"] != "test", "path"]]]
+    rates = [(known.loc[known["label"] == name, "view"] == "PA").mean() for name in ("PNEUMONIA", "NORMAL")]
+    assert view["nuisance"] == "view" and view["how"] == "PA"
+    assert view["auroc"]["value"] == pytest.approx(0.5 + (rates[0] - rates[1]) / 2)  # of a binary score
+    assert view["p_adjusted"] < 0.001 and age["nuisance"] == "age" and age["p_adjusted"] > 0.05
+    assert age["films"] == known["age"].notna().sum() < len(known)
+    assert sum("alone tells" in remark for remark in found["remarks"]) == 1
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "What each column says by itself" in page and "View alone tells PNEUMONIA" in page
+
+
 def test_a_model_of_films_alone_has_no_such_section(trained: Path, tmp_path: Path) -> None:
     report = evaluate.evaluate(trained / "best_model.pth", [FAST], output_dir=tmp_path)
     assert "modalities" not in report

@@ -21,6 +21,7 @@ import inference_api
 import predictor
 import synthetic
 from config import ServingConfig
+from preprocess import apply, decode
 from serving_security import ApiKeys
 from serving_service import Service
 
@@ -509,3 +510,97 @@ def test_nothing_moves_for_those_who_ask_for_stillness(page: Watched) -> None:
         "() => [...document.querySelectorAll('*')].map(item => parseFloat(getComputedStyle(item).transitionDuration))"
     )
     assert max(seconds) == 0
+
+
+# --- a model that reads notes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reading(trained_cases: Path) -> Iterator[str]:
+    with serving(trained_cases) as found:
+        yield found
+
+
+@pytest.fixture
+def case_page(browser: Browser, reading: str) -> Iterator[Watched]:
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    yield Watched(context.new_page(), reading)
+    context.close()
+
+
+NOTE = "fever , dense lungs ."
+
+
+@browser_needed
+def test_a_film_with_note_and_values_gets_the_answer_to_all_of_them(case_page: Watched, trained_cases: Path) -> None:
+    case_page.open()
+    case_page.page.get_by_label("Clinical note of the films chosen next").fill(NOTE)
+    case_page.page.get_by_label("age").fill("63")
+    with case_page.page.expect_response("**/predict") as reply:
+        case_page.page.set_input_files("#files", [film("one.png")])
+    expect(case_page.page.locator("#prediction")).to_be_visible()
+    answer = reply.value.json()
+    stored = predictor.load(trained_cases / "best_model.pth", device="cpu")
+    pixels = apply(stored.spec, decode(film("one.png")["buffer"], stored.spec))
+    case = stored.case(pixels, {"text": NOTE, "age": "63"})
+    expected = stored.exact_outputs(np.stack([case]))[0][0]
+    assert list(answer["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert case_page.text("#confidence") == f"{100 * answer['confidence']:.1f} %"
+    assert case_page.text("#told") == f"Read beside the film: age 63; sex missing; note: {NOTE}"
+    assert not case_page.complaints
+
+
+@browser_needed
+def test_a_note_goes_with_the_films_chosen_after_it_was_written(case_page: Watched) -> None:
+    case_page.open()
+    for number, note in enumerate(("dense lungs", "clear lungs", "")):
+        case_page.page.fill("#note", note)
+        case_page.page.set_input_files("#files", [film(f"{number}.png")])
+    expect(case_page.page.locator("#tally")).to_have_text("3 of 3 answered")
+    said = []
+    for number in (1, 2, 3):
+        case_page.row(number).click()
+        said.append((case_page.text("#told").split("; ")[-1], case_page.text("#meter-title")))
+    assert [note for note, _ in said] == ["note: dense lungs", "note: clear lungs", "no note"]
+    assert len({title for _, title in said}) == 3
+
+
+@browser_needed
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_words_of_the_note_are_shown_with_their_evidence(case_page: Watched, width: int) -> None:
+    case_page.page.set_viewport_size({"width": width, "height": 900})
+    case_page.open()
+    case_page.page.fill("#note", NOTE + " " + "heart" * 40)
+    case_page.page.set_input_files("#files", [film("one.png")])
+    with case_page.page.expect_response("**/explain*") as reply:
+        case_page.page.locator("#explain").click()
+    expect(case_page.page.locator("#words")).to_be_visible()
+    expect(case_page.page.locator("#overlay")).to_be_visible()
+    found = {item["word"]: item["evidence"] for item in reply.value.json()["words"]}
+    shown = case_page.page.locator("#words-line > span")
+    assert shown.evaluate_all("items => items.map(item => item.firstChild.data)") == list(found)
+    strongest = max(found, key=lambda word: abs(found[word]))
+    shares = shown.evaluate_all("items => items.map(item => getComputedStyle(item).backgroundColor)")
+    opacity = [float(colour.rstrip(")").split(",")[-1]) for colour in shares]
+    assert opacity[list(found).index(strongest)] == max(opacity) == 0.5
+    warm = shares[list(found).index(strongest)].startswith("rgba(230")
+    assert warm == (found[strongest] > 0)
+    assert ("raised it" if warm else "lowered it") in case_page.page.locator("#words-line").inner_text()
+    assert case_page.page.evaluate("() => document.documentElement.scrollWidth") <= width
+    assert not case_page.complaints
+
+
+@browser_needed
+def test_a_value_the_model_cannot_read_is_refused_in_words(case_page: Watched) -> None:
+    case_page.open()
+    case_page.page.get_by_label("age").fill("old")
+    case_page.page.set_input_files("#files", [film("one.png")])
+    expect(case_page.page.locator("#trouble")).to_contain_text(re.compile("Not answered: .*age 'old'"))
+
+
+@browser_needed
+def test_a_model_of_films_alone_shows_no_boxes(page: Watched) -> None:
+    page.open().give(film("one.png"), film("two.png"))
+    expect(page.page.locator("#note-box")).to_be_hidden()
+    expect(page.page.locator("#values-box")).to_be_hidden()
+    expect(page.page.locator("#told")).to_be_hidden()

@@ -8,11 +8,13 @@ const MOST_TRIES = 5; // of a request that a busy server turned away
 const $ = (id) => document.getElementById(id);
 
 /** @type {{id: number, file: File, state: string, note: string, result: object|null, error: string,
- *          preview: string, unshowable: boolean, map: object|null, explaining: string, text: string}[]} */
+ *          preview: string, unshowable: boolean, map: object|null, explaining: string,
+ *          told: Object<string, string>}[]} told: what goes to the server beside the film, by column */
 const films = [];
 let selected = null;
 let apiKey = "";
 let keyWanted = false;
+let reads = []; // columns that the model reads beside the film
 let squash = true; // whether the model's square covers the whole film, so that its map can lie over our own preview
 let nextId = 1;
 let running = 0;
@@ -79,7 +81,7 @@ async function askPatiently(path, options, say) {
 function upload(film) {
   const form = new FormData();
   form.append("file", film.file, "film"); // the name stays here: it may name a patient
-  if (film.text) form.append("text", film.text);
+  for (const [name, value] of Object.entries(film.told)) form.append(name, value);
   return { method: "POST", body: form };
 }
 
@@ -88,7 +90,7 @@ function upload(film) {
 function addFilms(files) {
   const added = [...files].map((file) => ({
     id: nextId++, file, state: "waiting", note: "", result: null, error: "", preview: "", unshowable: false, map: null,
-    explaining: "", text: $("note-box").hidden ? "" : $("note").value.trim(),
+    explaining: "", told: told(),
   }));
   if (!added.length) return;
   films.push(...added);
@@ -96,6 +98,13 @@ function addFilms(files) {
   if (selected === null) select(added[0]);
   showList();
   sendWaiting();
+}
+
+/** What stands in the boxes of note and values, by column; empty ones are left out. */
+function told() {
+  const inputs = [["text", $("note")], ...[...$("values").querySelectorAll("input")].map((input) => [input.name, input])];
+  return Object.fromEntries(inputs.filter(([name, input]) => reads.includes(name) && input.value.trim())
+    .map(([name, input]) => [name, input.value.trim()]));
 }
 
 function sendWaiting() {
@@ -213,11 +222,16 @@ function hasPoint(result) {
   return Boolean(result.positive_class) && typeof result.threshold === "number";
 }
 
+/** The class, or the findings called. */
+function named(result) {
+  return (result.findings || []).join(", ") || result.prediction;
+}
+
 /** The answer as one sentence for the list and for screen readers. */
 function spoken(result) {
   const words = hasPoint(result)
     ? `${result.prediction}; probability of ${result.positive_class} ${percent(result.probabilities[result.positive_class])}`
-    : `${result.prediction}, confidence ${percent(result.confidence)}`;
+    : `${named(result)}, confidence ${percent(result.confidence)}`;
   return result.in_distribution === false ? `${words}. Unlike the films the model was trained on` : words;
 }
 
@@ -280,7 +294,7 @@ function showResult() {
 
 function showAnswer(result) {
   $("unlike-reason").textContent = sentence(result.reason || "");
-  $("prediction").textContent = result.prediction;
+  $("prediction").textContent = named(result);
   $("confidence").textContent = percent(result.confidence);
   $("point").hidden = !hasPoint(result);
   if (hasPoint(result)) showMeter(result.probabilities[result.positive_class], result.threshold, result.positive_class);
@@ -289,10 +303,20 @@ function showAnswer(result) {
     const row = element("tr");
     const head = element("th", name);
     head.scope = "row";
-    row.append(head, element("td", percent(share), "n"));
+    const from = (result.thresholds || {})[name]; // of several findings each has a threshold of its own
+    const words = from === undefined ? percent(share) : `${percent(share)}, called from ${percent(from)}`;
+    row.append(head, element("td", words, "n"));
     return row;
   }));
+  $("told").textContent = toldInWords(selected.told);
   $("timing").textContent = `Answered in ${Math.round(result.inference_time_ms)} ms by ${result.model_version}`;
+}
+
+/** What was read beside the film; nothing of a model that reads films alone. */
+function toldInWords({ text, ...values }) {
+  const columns = reads.filter((name) => name !== "text").map((name) => `${name} ${values[name] || "missing"}`);
+  const note = !reads.includes("text") ? [] : [text ? `note: ${text}` : "no note"];
+  return reads.length ? `Read beside the film: ${[...columns, ...note].join("; ")}` : "";
 }
 
 function showMeter(probability, threshold, name) {
@@ -313,7 +337,7 @@ const sentence = (text) => (text ? `${text[0].toUpperCase()}${text.slice(1)}${/[
 // --- the picture ---------------------------------------------------------------------------------------------------
 
 function showPicture() {
-  const { map, state, explaining, unshowable, preview } = selected;
+  const { map, state, explaining, unshowable, preview, result } = selected;
   const own = !unshowable && (!map || squash); // our own preview is sharper than the model's square
   const source = own ? preview : map && map.film;
   $("picture").hidden = state === "failed" && unshowable;
@@ -327,7 +351,7 @@ function showPicture() {
   $("explain").hidden = state !== "done" || Boolean(map);
   $("explain").disabled = explaining.endsWith("…");
   $("opacity-row").hidden = !map;
-  $("explain-state").textContent = explaining;
+  $("explain-state").textContent = explaining || (map && result && result.findings ? `The map is of ${map.target}.` : "");
   showWords(map ? map.words : []);
   if (unshowable && state === "done" && !map && !explaining) explain(selected);
 }
@@ -341,6 +365,7 @@ function showWords(words) {
     const span = element("span", word);
     span.style.backgroundColor = evidence > 0 ? `rgba(230, 120, 0, ${share})` : `rgba(40, 110, 200, ${share})`;
     span.title = `${evidence > 0 ? "+" : ""}${evidence.toFixed(2)}`;
+    if (share >= 0.25) span.append(element("span", evidence > 0 ? " (raised it)" : " (lowered it)", "unseen"));
     return [span, " "];
   }));
 }
@@ -389,7 +414,14 @@ async function coloured(base64) {
 
 const round = (value) => (typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : String(value));
 
+function calibration(info) {
+  if ((info.operating_point || {}).findings) return "slope and intercept of each finding, fitted on validation films";
+  return info.temperature && `temperature ${round(info.temperature)}, fitted on validation films`;
+}
+
 function operatingPoint(info) {
+  const findings = Object.entries((info.operating_point || {}).findings || {});
+  if (findings.length) return `each finding by itself: ${findings.map(([name, own]) => `${name} from ${percent(own.threshold)}`).join(", ")}`;
   if (!info.positive_class) return "none: the most probable class is said";
   const { rule, sensitivity, specificity, n } = info.operating_point || {};
   const chosen = rule ? `, chosen by ${rule}` : "";
@@ -418,7 +450,7 @@ function cardRows(info) {
     ["Version", info.model_version],
     ["Classes", (info.classes || []).join(", ")],
     ["Operating point", operatingPoint(info)],
-    ["Calibration", info.temperature && `temperature ${round(info.temperature)}, fitted on validation films`],
+    ["Calibration", calibration(info)],
     ["Films are seen", preprocess && seenAs(preprocess)],
     ["Check of unsuitable films", gateWords(info.input_gate)],
     ["Such films are", info.input_gate && (info.abstain ? "refused" : "answered with a warning")],
@@ -430,12 +462,27 @@ function cardRows(info) {
   return rows.filter(([, text]) => text);
 }
 
+/** The boxes of what the model reads beside a film. */
+function showBoxes(columns) {
+  reads = columns;
+  $("note-box").hidden = !reads.includes("text");
+  const values = reads.filter((name) => name !== "text");
+  $("values-box").hidden = !values.length;
+  $("values").replaceChildren(...values.map((name) => {
+    const label = element("label", `${name} `);
+    const input = element("input");
+    Object.assign(input, { name, type: "text", autocomplete: "off", spellcheck: false });
+    label.append(input);
+    return label;
+  }));
+}
+
 async function loadCard() {
   try {
     const info = await ask("model/info");
     squash = !info.preprocess || info.preprocess.resize === "squash";
-    $("note-box").hidden = !(info.reads || []).includes("text");
-    $("model-line").textContent = `${info.model_type || ""} ${info.classes ? `· ${info.classes.join(" or ")}` : ""}`;
+    showBoxes(info.reads || []);
+    $("model-line").textContent = `${info.model_type || ""} ${info.classes ? `· ${info.classes.join((info.operating_point || {}).findings ? ", " : " or ")}` : ""}`;
     $("card").replaceChildren(...cardRows(info).map(([label, text]) => {
       const pair = element("div");
       pair.append(element("dt", label), element("dd", text));
