@@ -30,6 +30,7 @@ import predictor
 from bundle import sha256
 from engines import InputScaling, TorchEngine
 from errors import CheckpointError, ConfigError, nearest
+from fold_ensemble import FoldEnsemble, is_ensemble
 from models import Classifier
 from predictor import Predictor
 from preprocess import PreprocessSpec
@@ -107,7 +108,8 @@ def torch_model(path: str | Path, *, checkpoint: str | Path | None = None, devic
     missing, or not the one the bundle was made from.
     """
     path = Path(path)
-    source = _bundle_checkpoint(path, checkpoint) if path.is_dir() else path
+    is_bundle = path.is_dir() and not is_ensemble(path)
+    source = _bundle_checkpoint(path, checkpoint) if is_bundle else path
     return Explained(predictor.load(source, device=device, precision="fp32"), source)
 
 
@@ -174,6 +176,11 @@ def attributions(
     inputs_BCHW = InputScaling(spec).to(device)(torch.tensor(images_BHWC))  # a copy: decoded films are read-only
     with memory_advice(len(images_BHWC)), torch.autocast(device.type, enabled=False):
         targets_B = _targets(model, inputs_BCHW, target)
+        if isinstance(model, FoldEnsemble):
+            settings: dict[str, Any] = {"methods": methods, "device": device, "layer": layer, "seed": seed}
+            settings["target"] = targets_B.cpu().numpy()
+            found = [attributions(member, spec, images_BHWC, **settings) for member in model.classifiers]
+            return _mean_of_members(model, found)
         results: dict[str, Attribution] = {}
         if cams := [name for name in methods if name in CAMS]:
             results |= _activation_maps(model, inputs_BCHW, targets_B, methods=cams, layer=layer)
@@ -182,6 +189,17 @@ def attributions(
                 raw_BSS = PIXEL_RULES[name](model, spec, inputs_BCHW, targets_B, seed)
                 results[name] = Attribution(raw_BSS, _scaled(_smoothed(np.maximum(raw_BSS, 0))))
     return {name: results[name] for name in methods}
+
+
+def _mean_of_members(ensemble: FoldEnsemble, found: Sequence[dict[str, Attribution]]) -> dict[str, Attribution]:
+    """What the members' maps say of their mean, whose logits are those of the members, each at its temperature."""
+    results = {}
+    for name in found[0]:
+        scaled = [item[name].raw_BSS / own for item, own in zip(found, ensemble.temperatures)]
+        raw_BSS = np.stack(scaled).mean(axis=0).astype(np.float32)
+        evidence_BSS = raw_BSS if name in CAMS else _smoothed(np.maximum(raw_BSS, 0))
+        results[name] = Attribution(raw_BSS, _scaled(evidence_BSS))
+    return results
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -288,7 +306,8 @@ def _pass_with_leaf(model: Classifier, inputs_BCHW: Tensor, name: str) -> tuple[
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     modules = dict(model.named_modules())
     if name not in modules:
-        raise ConfigError(f"--layer: the model has no module {name!r}{nearest(name, modules, count=3)}")
+        hint = nearest(name, modules, count=3) or "; leave it out for the last feature stage"
+        raise ConfigError(f"--layer: the model has no module {name!r}{hint}")
     return modules[name]
 
 

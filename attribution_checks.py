@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from scipy import stats
 
+from fold_ensemble import FoldEnsemble
 from models import Classifier
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -49,6 +50,10 @@ def randomised(model: Classifier, *, depth: str, seed: int) -> Classifier:
 
     Shuffled rather than drawn anew: the scale of every layer stays, so that signals neither vanish nor overflow.
     """
+    if isinstance(model, FoldEnsemble):
+        members: Any = [randomised(item, depth=depth, seed=seed + k) for k, item in enumerate(model.classifiers)]
+        twins: Any = FoldEnsemble(members, model.temperatures)
+        return twins
     stages = model.stages()
     opened = {"head": [], "last_stage": stages[-1], "all": [name for names in stages for name in names]}[depth]
     chosen = {f"backbone.{name}" for name in opened}

@@ -4,8 +4,8 @@
 
 Trains one model a fold by `train`, on films of the training and validation splits only: test is left alone, so that a
 recipe may be chosen by what comes out here. A fold that is done is not trained again, one that was stopped goes on.
-Writes crossval.json, predictions.csv (out of fold), folds.csv and the folds' run folders. Legend: N films, K folds,
-R repeats, C classes.
+Writes crossval.json, predictions.csv (out of fold), folds.csv, the folds' run folders, and what makes the folds' models
+one predictor (`fold_ensemble`). Legend: N films, K folds, R repeats, C classes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 
 import checkpoint
+import fold_ensemble
 import train
 from auroc import absent_class, placements
 from calibration import brier_terms, log_loss_terms
@@ -30,9 +31,9 @@ from data_preprocessing import Manifest, load_manifest, positive_class
 from errors import ConfigError, DataError
 from estimates import Estimate, FloatArray, IntArray, as_groups, count_groups, not_estimable, sum_by_group, wald
 from evaluate import predict_rows
-from predictor import decide, load
+from predictor import decide, load, softmax
 from proportions import clustered_proportion
-from runtime import log, require_writable, to_json, write_json, write_text
+from runtime import code_version, library_versions, log, require_writable, to_json, write_json, write_text
 
 SETTINGS = "crossval_settings.json"
 FOLD_PREDICTIONS = "out_of_fold.csv"
@@ -57,15 +58,20 @@ def crossval(config: Config, *, folds: int, repeats: int, output_dir: Path) -> d
     """Cross-validate `config`; the content of crossval.json. UserError kinds for the user's mistakes."""
     if folds < 2 or repeats < 1:
         raise ConfigError(f"--folds {folds} --repeats {repeats}: at least 2 folds and 1 repeat")
+    if config.data.multilabel:
+        raise ConfigError("data.task=multilabel: folds are of one class a film; train and evaluate findings instead")
     require_writable(output_dir)
     manifest, left_out = development_films(load_manifest(config.data))
     positive = positive_class(manifest.classes, config.data.positive_class)
     _claim(output_dir, config, folds, repeats, manifest)
-    parts = []
+    parts, models = [], []
     for fold in assign_folds(manifest, folds=folds, repeats=repeats, seed=config.training.seed):
         log.info("repeat %d of %d, fold %d of %d", fold.repeat, repeats, fold.number, folds)
         parts.append(_predicted(fold, manifest, config, output_dir))
+        models.append(fold.folder(output_dir) / checkpoint.BEST)
     films = pd.concat(parts, ignore_index=True)
+    mean = LogOddsMean.of(films, manifest.classes)
+    chosen = train.calibrated(mean.logits_NC, mean.labels_N, manifest.classes, positive, config)
     result = {
         "folds": folds,
         "repeats": repeats,
@@ -77,11 +83,24 @@ def crossval(config: Config, *, folds: int, repeats: int, output_dir: Path) -> d
         "model": config.model.model_type,
         "seed": config.training.seed,
         **_report(films, manifest.classes, positive, level=config.evaluation.level),
+        "ensemble": {"members": len(models), **chosen},
     }
     write_json(output_dir / "crossval.json", result)
     write_text(output_dir / "folds.csv", pd.DataFrame(result["per_fold"]).to_csv(index=False))
     predictions = predictions_csv(films, manifest.classes, positive)
     write_text(output_dir / "predictions.csv", predictions.to_csv(index=False))
+    own = mean.as_table(manifest.classes, positive, **chosen)
+    write_text(output_dir / fold_ensemble.VALIDATION, own.to_csv(index=False))
+    provenance = {
+        "manifest_digest": manifest.digest(),
+        "seed": config.training.seed,
+        "folds": folds,
+        "repeats": repeats,
+        "code_version": code_version(),
+        "libraries": library_versions(),
+    }
+    facts = {"classes": list(manifest.classes), **chosen, "config": config.to_dict(), "provenance": provenance}
+    fold_ensemble.write(output_dir, models, facts)
     return result
 
 
@@ -137,7 +156,7 @@ def _predicted(fold: Fold, manifest: Manifest, config: Config, root: Path) -> pd
         texts = dict.fromkeys(("path", "patient_id", "label", "called"), str)
         return pd.read_csv(known, keep_default_na=False, dtype=texts)
     own = _write_manifest(fold, manifest, folder)
-    data = replace(config.data, manifest=str(own), classes=list(manifest.classes), exclude=None)
+    data = replace(config.data, manifest=str(own), classes=list(manifest.classes), exclude=None, label_regex=None)
     wanted = replace(config, data=data, runtime=replace(config.runtime, output_dir=str(folder)))
     train.train(wanted, resume=_unfinished(folder))
     predictor = load(folder / checkpoint.BEST, device=config.runtime.device, precision=config.runtime.precision)
@@ -333,6 +352,42 @@ def predictions_csv(films: pd.DataFrame, classes: Sequence[str], positive: str |
     mean.insert(2, "split", "val")
     mean.insert(4, "prediction", np.array(classes, dtype=object)[codes])
     return mean
+
+
+@dataclass(frozen=True)
+class LogOddsMean:
+    """Out-of-fold films as `fold_ensemble` joins models: each once, its log probabilities averaged over repeats."""
+
+    table: pd.DataFrame
+    """path, patient_id, label."""
+    labels_N: IntArray
+    logits_NC: FloatArray
+
+    @classmethod
+    def of(cls, films: pd.DataFrame, classes: Sequence[str]) -> LogOddsMean:
+        """Of columns path, patient_id, label, probability_<CLASS>….
+
+        A repeat's model stands for the mean of its folds' models, which no film outside test can be shown: all but one
+        of them were trained on it.
+        """
+        columns = [f"probability_{name}" for name in classes]
+        logs = films[columns].clip(lower=np.finfo(np.float64).tiny).transform(np.log)
+        known = films[["path", "patient_id", "label"]].join(logs)
+        first = {"patient_id": "first", "label": "first"}
+        mean = known.groupby("path", sort=False, as_index=False).agg(first | dict.fromkeys(columns, "mean"))
+        labels = np.array([classes.index(name) for name in mean["label"]], dtype=np.int64)
+        return cls(mean[["path", "patient_id", "label"]], labels, mean[columns].to_numpy(np.float64))
+
+    def as_table(
+        self, classes: Sequence[str], positive: str | None, *, temperature: float, operating_point: dict[str, Any]
+    ) -> pd.DataFrame:
+        """The films as a predictions.csv of the ensemble."""
+        probabilities_NC = softmax(self.logits_NC, temperature)
+        codes = decide(probabilities_NC, classes, positive, float(operating_point.get("threshold", 0.5)))
+        table = self.table.assign(split="val", prediction=np.array(classes, dtype=object)[codes])
+        for k, name in enumerate(classes):
+            table[f"probability_{name}"] = probabilities_NC[:, k]
+        return table
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from auroc import auroc, clustered_auroc
 from config import Config, resolve
 from data_preprocessing import load_manifest
 from errors import ConfigError, DataError
+from runtime import to_json
 from tests.conftest import TINY
 
 
@@ -128,7 +129,7 @@ def test_folds_that_are_done_are_not_trained_again(
     folder, result = done
     monkeypatch.setattr(cv.train, "train", lambda *_, **__: pytest.fail("trained again"))
     again = cv.crossval(config, folds=2, repeats=2, output_dir=folder)
-    assert again == result
+    assert to_json(again) == to_json(result)  # text, for an undefined precision is no equal of itself
 
 
 def test_other_settings_are_refused_where_folds_lie(done: tuple[Path, dict[str, Any]], config: Config) -> None:
@@ -168,7 +169,7 @@ def test_the_verb_prints_the_table_and_the_json(
     assert main.main(words) == 0
     out = capsys.readouterr().out
     assert "96 films of 48 patients, 2 folds, 2 repeats; 40 test films left alone" in out
-    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("written"))
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("written", "next")))
 
 
 # --- estimates -------------------------------------------------------------------------------------------------
