@@ -22,7 +22,11 @@ def read_text_table(path: Path, *, what: str) -> pd.DataFrame:
                 path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig", skipinitialspace=True
             )
     except FileNotFoundError:
-        raise DataError(f"{path}: no such {what}") from None
+        raise DataError(f"{path}: no such {what}; check the name, and the folder you are in") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder, not a CSV; name the {what} in it") from None
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{path}: not a readable CSV (it is empty); begin with a line that names its columns") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text; save it as CSV in UTF-8") from None
     except pd.errors.ParserWarning:
@@ -30,7 +34,7 @@ def read_text_table(path: Path, *, what: str) -> pd.DataFrame:
             f"{path}: rows have more fields than the header; remove trailing commas or quote them"
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable CSV ({first_line(error)})") from None
+        raise DataError(f"{path}: not a readable CSV ({first_line(error)}); save it as CSV in UTF-8") from None
     if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t"):
         raise DataError(f"{path}: one column {table.columns[0]!r}; separate the fields by commas")
     for name in table.columns:
@@ -39,16 +43,23 @@ def read_text_table(path: Path, *, what: str) -> pd.DataFrame:
     return table
 
 
-def read_films(path: Path, *, what: str, header: str, filled: Sequence[str] = ("path", "label")) -> pd.DataFrame:
+def read_films(
+    path: Path,
+    *,
+    what: str,
+    header: str,
+    filled: Sequence[str] = ("path", "label"),
+    needed: Sequence[str] = ("path", "label"),
+) -> pd.DataFrame:
     """A table of films: `path` and `label` in every row, blanks around label, split and patient_id cut off.
 
-    `header` says in an error which columns such a table has, `filled` which cells must not be empty. DataError as of
-    `read_text_table`, and for a missing column, no rows, and a row without path or label.
+    `header` says in an error which columns such a table has, `needed` which it must have, `filled` which cells must not
+    be empty. DataError as of `read_text_table`, and for a missing column, no rows, and a row without path or label.
     """
     table = read_text_table(path, what=what)
-    require_columns(table, ("path", "label"), header, where=path)
+    require_columns(table, needed, header, where=path)
     if table.empty:
-        raise DataError(f"{path}: the {what} has no rows")
+        raise DataError(f"{path}: the {what} has no rows; add one for each film")
     for column in ("label", "split", "patient_id"):
         if column in table.columns:
             table[column] = table[column].str.strip()

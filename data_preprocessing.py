@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -31,9 +31,10 @@ import torch
 
 import array_cache
 import dicom
+import findings
 from config import DataConfig
 from csv_table import read_films, read_text_table, refuse_repeated, refuse_rows, require_columns
-from device_augmentation import DeviceAugmenter
+from device_augmentation import CROP_RATIO, DeviceAugmenter
 from errors import ConfigError, DataError, examples, nearest
 from preprocess import IMAGE_SUFFIXES, NO_FILM, PreprocessSpec, apply, decode, has_colour, has_film, is_film
 from runtime import log, progress, write_text
@@ -69,6 +70,8 @@ class Manifest:
     """Class names in the order of the labels."""
     root: Path
     """Folder the paths are written relative to in split.csv and predictions.csv."""
+    multilabel: bool = False
+    """Whether a label is the film's findings as bits (see `findings`) rather than the number of its class."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -80,10 +83,23 @@ class Manifest:
     def counts(self) -> dict[str, dict[str, int]]:
         """Split → class → number of films."""
         return {
-            split: {name: int((rows["label"] == code).sum()) for code, name in enumerate(self.classes)}
+            split: dict(zip(self.classes, self.films_of(rows["label"]).tolist()))
             for split in SPLITS
             if len(rows := self.split(split))
         }
+
+    def films_of(self, labels: pd.Series) -> IntArray:
+        """(C,) how many of these films are of each class, or have each finding."""
+        codes = labels.to_numpy(np.int64)
+        if self.multilabel:
+            return findings.matrix(codes, len(self.classes)).sum(axis=0)
+        return np.bincount(codes, minlength=len(self.classes)).astype(np.int64)
+
+    def written(self, label: int) -> str:
+        """A label as tables have it: the class, or the findings like effusion|mass."""
+        if self.multilabel:
+            return findings.written(findings.matrix(np.array([label]), len(self.classes))[0], self.classes)
+        return self.classes[label]
 
     def relative_path(self, path: str) -> str:
         """`path` as written in tables: relative to the root where it lies below it."""
@@ -92,7 +108,7 @@ class Manifest:
     def digest(self) -> str:
         """Hash of which film has which label in which split; stored in checkpoints to notice changed data."""
         rows = sorted(
-            f"{self.relative_path(path)}|{self.classes[label]}|{split}"
+            f"{self.relative_path(path)}|{self.written(label)}|{split}"
             for path, label, split in zip(self.table["path"], self.table["label"], self.table["split"])
         )
         return hashlib.blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
@@ -101,7 +117,8 @@ class Manifest:
 def positive_class(classes: Sequence[str], wanted: str | None) -> str | None:
     """The 'disease' class of a binary task: `wanted`, else the one not named like normal; None if not binary."""
     if wanted is not None and wanted not in classes:
-        raise ConfigError(f"data.positive_class: {wanted!r} is not one of {list(classes)}{nearest(wanted, classes)}")
+        known = ", ".join(classes)
+        raise ConfigError(f"data.positive_class: {wanted!r} is not one of {known}{nearest(wanted, classes)}")
     if len(classes) != 2:
         return None
     if wanted is not None:
@@ -118,19 +135,33 @@ def load_manifest(config: DataConfig, *, classes: Sequence[str] | None = None) -
     wanted = list(classes) if classes is not None else config.classes
     if config.manifest is not None:
         root = Path(config.manifest).resolve().parent
-        rows = _read_csv(Path(config.manifest), films_may_lack=config.films_may_lack)
+        rows = _read_csv(Path(config.manifest), config)
     else:
-        root, rows = Path(config.data_dir).resolve(), _read_folders(Path(config.data_dir))
-    names = _class_names(rows["label"], wanted, where=config.manifest or config.data_dir)
-    table = rows.assign(label=rows["label"].map({name: code for code, name in enumerate(names)}).astype(np.int64))
+        if config.multilabel:
+            raise DataError(
+                f"{config.data_dir}: data.task=multilabel needs a --manifest with the lines path,label and, for "
+                "example, films/1.png,effusion|mass"
+            )
+        root = Path(config.data_dir).resolve()
+        rows = _read_folders(Path(config.data_dir), named_by_film=config.label_regex is not None)
+    if config.label_regex is not None:
+        rows["label"] = _named_labels(rows["path"], config.label_regex, root)
+    where = config.manifest or config.data_dir
+    if config.multilabel:
+        names = _finding_names(rows["label"], wanted, where=where)
+        table = rows.assign(label=findings.encoded(rows["label"], names))
+    else:
+        names = _class_names(rows["label"], wanted, where=where)
+        table = rows.assign(label=rows["label"].map({name: code for code, name in enumerate(names)}).astype(np.int64))
     table["patient_id"] = _patient_ids(table, config.patient_id_regex)
     if config.exclude:
         # A checkpoint's list speaks of the films it was trained on; other data need not hold them.
         table = _without_excluded(table, Path(config.exclude), root, must_hold=classes is None)
-    return Manifest(table.reset_index(drop=True), tuple(names), root)
+    return Manifest(table.reset_index(drop=True), tuple(names), root, config.multilabel)
 
 
-def _read_folders(folder: Path) -> pd.DataFrame:
+def _read_folders(folder: Path, *, named_by_film: bool = False) -> pd.DataFrame:
+    """The films below `folder`; where their own names tell the class, they need not lie in class folders."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such data folder; put films into {folder}/train/CLASS/ and {folder}/test/CLASS/, "
@@ -140,7 +171,8 @@ def _read_folders(folder: Path) -> pd.DataFrame:
     rows: list[tuple[str, str, str]] = []
     passed_over = 0
     for split in splits or [""]:
-        for class_folder in sorted(item for item in (folder / split).iterdir() if item.is_dir()):
+        inside = [folder / split] if named_by_film else (folder / split).iterdir()
+        for class_folder in sorted(item for item in inside if item.is_dir()):
             if class_folder.name.startswith((".", "__")):
                 continue
             files = sorted(item for item in class_folder.rglob("*") if item.is_file() and item.name[0] != ".")
@@ -159,10 +191,12 @@ def _read_folders(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["path", "label", "split"])
 
 
-def _read_csv(path: Path, *, films_may_lack: bool) -> pd.DataFrame:
+def _read_csv(path: Path, config: DataConfig) -> pd.DataFrame:
     header = "the header must name path,label and may name split,patient_id,text,age,sex,view,site"
-    filled = ("label",) if films_may_lack else ("path", "label")
-    table = read_films(path, what="manifest", header=header, filled=filled)
+    needed = ("path",) if config.label_regex is not None else ("path", "label")
+    may_be_empty = {"label": config.multilabel, "path": config.films_may_lack}
+    filled = [name for name in needed if not may_be_empty[name]]
+    table = read_films(path, what="manifest", header=header, filled=filled, needed=needed)
     table["split"] = table["split"] if "split" in table.columns else ""
     allowed = SPLITS if (table["split"] != "").any() else ("",)
     wrong = ~table["split"].isin(list(allowed))
@@ -172,6 +206,35 @@ def _read_csv(path: Path, *, films_may_lack: bool) -> pd.DataFrame:
     table["path"] = film_paths(path, table["path"])
     refuse_repeated(table["path"], where=path)
     return table
+
+
+def _named_labels(paths: Iterable[str], pattern: str, root: Path) -> list[str]:
+    """The class that each film's path below `root` names; DataError for films that name none.
+
+    The named group that matches is the class; without named groups it is the text of the first group.
+    """
+    regex = _compile(pattern, setting="data.label_regex")
+    if not regex.groups:
+        raise ConfigError(
+            f"data.label_regex: {pattern!r} has no group; name one a class, like '(?P<virus>_virus_)|(?P<normal>IM-)', "
+            "or enclose the class in the first"
+        )
+    shown = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+    labels = [_named_label(regex, name) for name in shown]
+    if unnamed := [name for name, label in zip(shown, labels) if not label]:
+        raise DataError(
+            f"data.label_regex: {len(unnamed)} of {len(labels)} films name no class, e.g. {examples(unnamed)}; correct "
+            f"{pattern!r}, move these films away, or set it to null where folders or a column tell the class"
+        )
+    return labels
+
+
+def _named_label(regex: re.Pattern[str], name: str) -> str:
+    found = regex.search(name)
+    if found is None:
+        return ""
+    named = [group for group, text in found.groupdict().items() if text]
+    return (named[0] if named else "") if regex.groupindex else found.group(1) or ""
 
 
 def film_paths(path: Path, names: Iterable[str]) -> list[str]:
@@ -185,7 +248,7 @@ def _class_names(labels: pd.Series, wanted: Sequence[str] | None, *, where: str)
     found = sorted(labels.unique())
     if wanted is None:
         if len(found) < 2:
-            raise DataError(f"{where}: only one class ({found[0]!r}); a classifier needs at least two")
+            raise DataError(f"{where}: only one class ({found[0]!r}), of at least two; add films of another")
         return found
     strangers = labels.index[~labels.isin(list(wanted))]
     if len(strangers):
@@ -198,13 +261,28 @@ def _class_names(labels: pd.Series, wanted: Sequence[str] | None, *, where: str)
     return list(wanted)
 
 
+def _finding_names(labels: pd.Series, wanted: Sequence[str] | None, *, where: str) -> list[str]:
+    """The findings to learn, in order: those `wanted`, the others said and not counted, else all there are, sorted."""
+    refuse_rows(labels.map(findings.is_contradictory), "a finding and none in one label", "correct it", where=where)
+    counts = Counter(name for cell in labels for name in set(findings.named(cell)))
+    names = sorted(counts) if wanted is None else list(wanted)
+    if not 2 <= len(names) <= findings.MOST:
+        raise DataError(
+            f"{where}: {len(names)} finding(s) with data.task=multilabel; it takes 2 to {findings.MOST}: a single one "
+            "is data.task=classes with a label for films without it, and data.classes chooses among many"
+        )
+    if others := {name: count for name, count in sorted(counts.items()) if name not in names}:
+        log.info("findings that are not learned: %s", ", ".join(f"{name} {count}" for name, count in others.items()))
+    return names
+
+
 def _patient_ids(table: pd.DataFrame, pattern: str | None) -> list[str]:
     """The CSV's patient_id where it has one, else read from the file name, else from DICOM tags as a keyed hash.
 
     A film that none of them places is its own patient.
     """
     given = table["patient_id"] if "patient_id" in table.columns else pd.Series("", index=table.index)
-    regex = _compile(pattern) if pattern else PUBLISHED_NAMES
+    regex = _compile(pattern, setting="data.patient_id_regex") if pattern else PUBLISHED_NAMES
     known = [patient or _named_patient(regex, path) for path, patient in zip(table["path"], given)]
     tagged = _tagged_patients([path for path, patient in zip(table["path"], known) if not patient])
     known = [patient or tagged.get(path, "") for path, patient in zip(table["path"], known)]
@@ -255,11 +333,11 @@ def patients_of(paths: Sequence[str], pattern: str | None) -> list[str]:
     return _patient_ids(pd.DataFrame({"path": list(paths)}), pattern)
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str, *, setting: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"data.patient_id_regex: {pattern!r} is not a regular expression ({error})") from None
+        raise ConfigError(f"{setting}: {pattern!r} is not a regular expression ({error})") from None
 
 
 def excluded_films(path: Path) -> list[str]:
@@ -308,17 +386,22 @@ def split_manifest(manifest: Manifest, config: DataConfig, *, seed: int) -> Mani
     check_no_leak(table)
     table.loc[table["split"] == "", "split"] = "train"
     if not (table["split"] == "test").any() and config.test_fraction > 0:
-        table = _hold_out(table, "test", config.test_fraction, seed=seed, classes=manifest.classes)
-    if reason := _validation_lacks(table, config.val_fraction, len(manifest.classes)):
+        table = _hold_out(table, "test", config.test_fraction, seed=seed, task=manifest)
+    if reason := _validation_lacks(table, config.val_fraction, manifest):
         table.loc[table["split"] == "val", "split"] = "train"
-        table = _hold_out(table, "val", config.val_fraction, seed=seed, classes=manifest.classes)
+        table = _hold_out(table, "val", config.val_fraction, seed=seed, task=manifest)
         log.info("validation: %s; rebuilt from %.0f %% of the training patients", reason, 100 * config.val_fraction)
-    require_every_class(table, manifest.classes)
-    return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root)
+    complete = replace(manifest, table=table.assign(row=np.arange(len(table))))
+    require_every_class(complete)
+    return complete
 
 
-def require_every_class(table: pd.DataFrame, classes: Sequence[str]) -> None:
-    """DataError when training or validation lacks a class."""
+def require_every_class(manifest: Manifest) -> None:
+    """DataError when training or validation lacks a class; training a finding, or films without it."""
+    table, classes = manifest.table, manifest.classes
+    if manifest.multilabel:
+        _require_every_finding(manifest)
+        return
     for split in ("train", "val"):
         absent = set(range(len(classes))) - set(table.loc[table["split"] == split, "label"])
         if absent:
@@ -326,6 +409,18 @@ def require_every_class(table: pd.DataFrame, classes: Sequence[str]) -> None:
                 f"{split} split: no readable film of class {classes[min(absent)]!r}; every class needs films of at "
                 "least two patients outside test"
             )
+
+
+def _require_every_finding(manifest: Manifest) -> None:
+    labels = manifest.split("train")["label"]
+    for name, count in zip(manifest.classes, manifest.films_of(labels)):
+        if count in (0, len(labels)):
+            raise DataError(
+                f"train split: {'no film has' if count == 0 else 'every film has'} the finding {name!r}, so it cannot "
+                "be learned; leave it out of data.classes or add films"
+            )
+    if manifest.split("val").empty:
+        raise DataError("val split: no readable film; it needs films of at least one patient")
 
 
 def check_no_leak(table: pd.DataFrame) -> None:
@@ -340,34 +435,50 @@ def check_no_leak(table: pd.DataFrame) -> None:
         )
 
 
-def _validation_lacks(table: pd.DataFrame, fraction: float, n_classes: int) -> str | None:
+def _validation_lacks(table: pd.DataFrame, fraction: float, task: Manifest) -> str | None:
     """Why validation must be rebuilt, or None when it may stand."""
-    counts = table[table["split"] == "val"]["label"].value_counts().reindex(range(n_classes), fill_value=0)
-    if counts.sum() == 0:
+    labels = {name: table[table["split"] == name]["label"] for name in ("train", "val")}
+    if labels["val"].empty:
         return "the data name no validation split"
-    train = table[table["split"] == "train"]["label"].value_counts().reindex(range(n_classes), fill_value=0)
-    if counts.min() < MIN_VAL_PER_CLASS and train.min() * fraction > counts.min():
-        return f"the given {counts.sum()} films are too few to choose a threshold"
+    counts, train = task.films_of(labels["val"]), task.films_of(labels["train"])
+    # Findings may be too rare for any split: what is asked of every class is asked of the commonest of them.
+    least = np.max if task.multilabel else np.min
+    if least(counts) < MIN_VAL_PER_CLASS and least(train) * fraction > least(counts):
+        return f"the given {len(labels['val'])} films are too few to choose a threshold"
     return None
 
 
-def _hold_out(table: pd.DataFrame, name: str, fraction: float, *, seed: int, classes: Sequence[str]) -> pd.DataFrame:
-    """Move about `fraction` of the training patients into split `name`, stratified by class."""
+def _hold_out(table: pd.DataFrame, name: str, fraction: float, *, seed: int, task: Manifest) -> pd.DataFrame:
+    """Move about `fraction` of the training patients into split `name`, stratified by class or by rarest finding."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     pool = table[table["split"] == "train"]
-    patients = pool.groupby("label")["patient_id"].nunique().reindex(range(len(classes)), fill_value=0)
-    if patients.min() < 2:
-        raise DataError(
-            f"class {classes[int(patients.argmin())]!r} has films of {patients.min()} patient(s) to split; a {name} "
-            "split needs at least two patients of every class"
-        )
-    folds = int(min(max(2, round(1 / fraction)), patients.min()))
+    least = _rarest_class(pool, name, task)
+    folds = int(min(max(2, round(1 / fraction)), least))
+    strata = pool["label"].to_numpy(np.int64)
+    if task.multilabel:
+        strata = findings.strata(strata, len(task.classes), least=folds)
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    _, held_out = next(splitter.split(pool, pool["label"], pool["patient_id"]))
+    _, held_out = next(splitter.split(pool, strata, pool["patient_id"]))
     moved = table.copy()
     moved.loc[pool.index[held_out], "split"] = name
     return moved
+
+
+def _rarest_class(pool: pd.DataFrame, name: str, task: Manifest) -> int:
+    """Patients of the class that has fewest, or of all where findings may be rare; DataError for fewer than two."""
+    if task.multilabel:
+        if (there := pool["patient_id"].nunique()) < 2:
+            raise DataError(f"films of {there} patient(s) to split; a {name} split needs at least two patients")
+        return there
+    patients = pool.groupby("label")["patient_id"].nunique().reindex(range(len(task.classes)), fill_value=0)
+    least = int(patients.min())
+    if least < 2:
+        raise DataError(
+            f"class {task.classes[int(patients.argmin())]!r} has films of {least} patient(s) to split; a {name} split "
+            "needs at least two patients of every class"
+        )
+    return least
 
 
 def write_split(manifest: Manifest, path: Path) -> None:
@@ -375,7 +486,7 @@ def write_split(manifest: Manifest, path: Path) -> None:
     table = pd.DataFrame(
         {
             "path": [manifest.relative_path(item) for item in manifest.table["path"]],
-            "label": [manifest.classes[code] for code in manifest.table["label"]],
+            "label": [manifest.written(code) for code in manifest.table["label"]],
             "split": manifest.table["split"],
             "patient_id": manifest.table["patient_id"],
         }
@@ -389,7 +500,7 @@ def describe(manifest: Manifest) -> str:
     for split, counts in manifest.counts().items():
         shares = ", ".join(f"{name} {count}" for name, count in counts.items())
         lines.append(
-            f"{split:>5}: {sum(counts.values())} films of {manifest.split(split)['patient_id'].nunique()} "
+            f"{split:>5}: {len(manifest.split(split))} films of {manifest.split(split)['patient_id'].nunique()} "
             f"patients ({shares})"
         )
     return "\n".join(lines)
@@ -476,8 +587,9 @@ def open_pixels(
     for reason in unreadable.values():
         log.warning("left out: %s", reason)
     kept = manifest.table[~manifest.table["path"].isin(list(unreadable))]
-    require_every_class(kept, manifest.classes)
-    return Manifest(kept, manifest.classes, manifest.root), store
+    complete = replace(manifest, table=kept)
+    require_every_class(complete)
+    return complete, store
 
 
 def cached_pixels(
@@ -563,7 +675,7 @@ class Augmenter:
     """The published pipeline, every probability scaled by `augmentation_prob`; drawn from (seed, epoch, index).
 
     Rotation ±15°, horizontal flip, brightness and contrast, CLAHE, Gaussian noise, blur, coarse dropout and grid
-    dropout; a random resized crop when `min_crop_scale` is below 1.
+    dropout; gamma when `gamma` is above 0, and of every film a random resized crop when `min_crop_scale` is below 1.
     """
 
     def __init__(self, config: DataConfig, *, seed: int) -> None:
@@ -573,20 +685,22 @@ class Augmenter:
         p = config.augmentation_prob
         side = config.image_size
         crop = (
-            [A.RandomResizedCrop((side, side), scale=(config.min_crop_scale, 1.0), ratio=(0.8, 1.25), p=p)]
+            [A.RandomResizedCrop((side, side), scale=(config.min_crop_scale, 1.0), ratio=CROP_RATIO, p=1.0)]
             if config.min_crop_scale < 1
             else []
         )
+        gamma = [A.RandomGamma(gamma_limit=(100 / (1 + config.gamma), 100 * (1 + config.gamma)), p=p)]
         change = config.brightness_contrast
         self.seed = seed
         self.active = p > 0
-        self.settings = (seed, p, side, config.rotation_degrees, change, config.min_crop_scale)
+        self.settings = (seed, p, side, config.rotation_degrees, change, config.min_crop_scale, config.gamma)
         self.pipeline = A.Compose(
             [
                 *crop,
                 A.Rotate(limit=config.rotation_degrees, border_mode=cv2.BORDER_CONSTANT, p=p),
                 A.HorizontalFlip(p=p),
                 A.RandomBrightnessContrast(brightness_limit=change, contrast_limit=change, p=p),
+                *(gamma if config.gamma else []),
                 A.CLAHE(clip_limit=(1.0, 2.0), p=0.6 * p),
                 A.GaussNoise(std_range=(0.01, 0.04), p=0.6 * p),
                 A.GaussianBlur(sigma_limit=(0.3, 1.0), blur_limit=0, p=0.4 * p),

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 import bundle
+import finding_evaluation
 import modality_report
 import plots
 import report as pages
@@ -35,7 +37,7 @@ from estimates import FloatArray
 from figures import FIGURES, evaluation_figures
 from metrics import evaluate_predictions
 from prediction_table import Predictions, of_split, read_predictions, refuse_shared
-from predictor import Prediction, Predictor, Unreadable, load, predict_together
+from predictor import Prediction, Predictor, Unreadable, described_by, load, predict_together
 from process_group import ALONE, Group
 from runtime import code_version, library_versions, log, progress, require_writable, write_json, write_text
 from text_encoder import read_terms
@@ -62,7 +64,7 @@ def evaluate(
     point = _operating_point(stored.operating_point, config)
     manifest, own = evaluation_manifest(stored, config)
     rows = rows_of(manifest, config.evaluation.split)
-    if not own:
+    if not own or stored.out_of_fold is not None:
         refuse_seen(stored, manifest, rows)
     films, unreadable = predict_rows(stored, manifest, rows, config, group)
     validation, no_validation = validation_films(stored, manifest if own else None, config, group)
@@ -77,13 +79,15 @@ def evaluate(
         "source": {
             "kind": "checkpoint",
             "file": checkpoint.name,
-            # A bundle is known by its description, which holds the hashes of its other files.
-            "sha256": bundle.sha256(checkpoint / bundle.FACTS if checkpoint.is_dir() else checkpoint),
+            "sha256": bundle.sha256(described_by(checkpoint)),
             "engine": stored.engine.name,
             "films_of_training": own,
             "trained_with": stored.provenance,
         },
     }
+    facts["provenance"] = _provenance(config)
+    if stored.multilabel:
+        return _measure_findings(films, validation, no_validation, point, manifest, config, facts, output_dir)
     result = assess(
         films,
         operating_point=point,
@@ -92,11 +96,47 @@ def evaluate(
         validation=validation,
         no_validation=no_validation,
     )
-    result |= facts | {"provenance": _provenance(config)}
+    result |= facts
     result["films"] |= _flow_of(_as_table(manifest))
     if stored.reader is not None:
         _measure_modalities(stored, manifest, rows, config, output_dir, result, own=own)
     _write(result, films, validation, output_dir, root=manifest.root)
+    return result
+
+
+def _measure_findings(
+    films: Predictions,
+    validation: Predictions | None,
+    no_validation: str,
+    point: dict[str, Any],
+    manifest: Manifest,
+    config: Config,
+    facts: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """A report for each finding in a folder of its own, and one over all of them; the content of its metrics.json."""
+    seed, folders = config.training.seed, finding_evaluation.folder_names(films.classes)
+    chosen_on = {} if validation is None else finding_evaluation.views(validation)
+    everything = finding_evaluation.views(_as_table(manifest, np.zeros((len(manifest), len(films.classes)))))
+    results: dict[str, dict[str, Any]] = {}
+    views = finding_evaluation.views(films).items()
+    for name, own in progress(views, total=len(views), label="measuring", unit="findings"):
+        results[name] = assess(
+            own,
+            operating_point=finding_evaluation.point_of(point, name),
+            settings=config.evaluation,
+            seed=seed,
+            validation=chosen_on.get(name),
+            no_validation=no_validation,
+        )
+        results[name] |= facts
+        results[name]["films"] |= _flow_of(everything[name])
+        (folder / folders[name]).mkdir(exist_ok=True)
+        _write(results[name], own, chosen_on.get(name), folder / folders[name], root=manifest.root)
+    result = finding_evaluation.summarised(films, results, point, config.evaluation, seed=seed) | facts
+    write_json(folder / "metrics.json", result)
+    write_text(folder / "predictions.csv", finding_evaluation.predictions_csv(films, point).to_csv(index=False))
+    write_text(folder / "report.html", finding_evaluation.report_html(result))
     return result
 
 
@@ -146,6 +186,11 @@ def assess_table(
 ) -> tuple[dict[str, Any], Predictions, Predictions | None]:
     """What `evaluate_table` finds, without writing it: the content of metrics.json, the films, those of validation."""
     config = resolve(*overrides)
+    if config.data.multilabel:
+        raise ConfigError(
+            "data.task=multilabel: a predictions table is of one task; measure each finding by itself, such as the "
+            "FINDING/predictions.csv that evaluate --checkpoint writes"
+        )
     settings, positive = config.evaluation, config.data.positive_class
     everything = read_predictions(predictions, positive=positive, raw_scores=settings.threshold is not None)
     if everything.patients_known and everything.table["split"].nunique() > 1:
@@ -189,6 +234,8 @@ def configured(checkpoint: Path, overrides: Sequence[Overrides], model_type: str
     stored = load(checkpoint, device=runtime.device, precision=runtime.precision, model_type=model_type)
     layers = [flatten(stored.config.to_dict(), source=str(checkpoint)), *overrides]
     config = resolve(*layers)
+    if config.data.multilabel != stored.multilabel:
+        raise ConfigError(f"data.task: {checkpoint} was trained with {stored.config.data.task}; drop the setting")
     if stored.reader is not None and any("multimodal.mask_terms" in layer for layer in overrides):
         terms = read_terms(Path(config.multimodal.mask_terms)) if config.multimodal.mask_terms else []
         stored = modality_report.masked_predictor(stored, terms)
@@ -228,14 +275,14 @@ def evaluation_manifest(predictor: Predictor, config: Config) -> tuple[Manifest,
     table = manifest.table
     if (table["split"] == "").all():
         table = table.assign(split="test")
-    return Manifest(table.assign(row=np.arange(len(table))), manifest.classes, manifest.root), False
+    return replace(manifest, table=table.assign(row=np.arange(len(table)))), False
 
 
 def rows_of(manifest: Manifest, split: str) -> pd.DataFrame:
     """The films of one split ('all' for every film); DataError naming the splits there are when it has none."""
     rows = manifest.split(split)
     if rows.empty:
-        counts = (f"{name} ({sum(by_class.values())})" for name, by_class in manifest.counts().items())
+        counts = (f"{name} ({len(manifest.split(name))})" for name in manifest.counts())
         raise DataError(
             f"split {split!r} has no films in {manifest.root}; there are {', '.join(counts)}: choose with --split"
         )
@@ -256,12 +303,17 @@ def refuse_seen(predictor: Predictor, manifest: Manifest, rows: pd.DataFrame, *,
 
 def _as_trained(manifest: Manifest, predictor: Predictor) -> Manifest | None:
     """`manifest` split as in training, by the settings and the seed of training; None where these are other films."""
-    trained = predictor.config
+    trained, digest = predictor.config, predictor.provenance["manifest_digest"]
+    if predictor.out_of_fold is not None:  # trained on everything but test: there is nothing to split anew
+        table = manifest.table
+        known = Manifest(table[table["split"] != "test"], manifest.classes, manifest.root)
+        named = table.assign(split=table["split"].replace("", "train"))
+        return Manifest(named, manifest.classes, manifest.root) if known.digest() == digest else None
     try:
         resplit = split_manifest(manifest, trained.data, seed=trained.training.seed)
     except DataError:
         return None  # films that could not be trained on can still be measured on
-    return resplit if resplit.digest() == predictor.provenance["manifest_digest"] else None
+    return resplit if resplit.digest() == digest else None
 
 
 def validation_films(
@@ -270,8 +322,10 @@ def validation_films(
     """The validation split of the training run, predicted; or None and why there is none.
 
     `trained_on` is the manifest of training where that is what is measured; else it is looked for where the
-    checkpoint says it was.
+    checkpoint says it was. Of an ensemble of folds the out-of-fold films are its validation.
     """
+    if predictor.out_of_fold is not None:
+        return read_predictions(predictor.out_of_fold, positive=predictor.positive_class, classes=predictor.classes), ""
     if trained_on is not None and config.evaluation.split != "test":
         return None, f"split {config.evaluation.split} is measured: validation is kept for test and for other films"
     if trained_on is None:
@@ -314,7 +368,7 @@ def predict_rows(
         raise DataError(f"none of the {len(rows)} films can be read, e.g. {unreadable[0]}")
     probabilities = np.array([[item.probabilities[name] for name in predictor.classes] for item in kept])
     films = _as_table(
-        Manifest(rows.iloc[positions], manifest.classes, manifest.root),
+        replace(manifest, table=rows.iloc[positions]),
         probabilities,
         positive=predictor.positive_class,
     )
@@ -332,7 +386,7 @@ def _as_table(
             "path": [manifest.relative_path(path) for path in rows["path"]],
             "patient_id": rows["patient_id"].to_numpy(),
             "split": rows["split"].to_numpy(),
-            "label": [manifest.classes[code] for code in rows["label"]],
+            "label": [manifest.written(code) for code in rows["label"]],
             **further,
         }
     )
@@ -443,6 +497,8 @@ def predictions_csv(films: Predictions, validation: Predictions | None, result: 
 
 def summary(report: dict[str, Any]) -> str:
     """The result as a table for the terminal."""
+    if report.get("task") == "multilabel":
+        return finding_evaluation.summary(report)
     point = report["operating_point"]
     rule = f"threshold {point['threshold']:.3f} by {point['rule']}" if "threshold" in point else "the likeliest class"
     lines = [

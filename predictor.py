@@ -23,6 +23,8 @@ import pandas as pd
 
 import bundle
 import checkpoint
+import findings
+import fold_ensemble
 from case_engine import CaseOnnxEngine, CaseTorchEngine
 from config import Config, config_from_dict, located
 from csv_table import read_text_table, require_columns
@@ -50,14 +52,19 @@ class Prediction:
 
     path: str
     prediction: str
-    """Class name: by the operating point in a binary task, else the most probable."""
+    """Class name: by the operating point in a binary task, else the most probable. Findings: effusion|mass or No
+    Finding."""
     probabilities: dict[str, float]
-    """Class name → calibrated probability; they sum to 1."""
+    """Class name → calibrated probability; they sum to 1, but of findings each is by itself."""
+    called: dict[str, bool] | None = None
+    """Finding → whether it is called at its threshold; None where a film has one class."""
 
     @property
     def confidence(self) -> float:
-        """Probability of the predicted class."""
-        return self.probabilities[self.prediction]
+        """Probability of the predicted class; of the likeliest finding called, or that none is there."""
+        if self.called is None:
+            return self.probabilities[self.prediction]
+        return findings.confidence(np.array(list(self.probabilities.values())), np.array(list(self.called.values())))
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,12 @@ class Unreadable:
 
     path: str
     reason: str
+
+
+def none_readable(unreadable: Sequence[Unreadable], what: str = "films") -> DataError:
+    """The error of a run that could read nothing: the first reason, and of how many it stands for all."""
+    reason = unreadable[0].reason
+    return DataError(reason if len(unreadable) == 1 else f"none of the {len(unreadable)} {what} can be read: {reason}")
 
 
 class Predictor:
@@ -93,10 +106,28 @@ class Predictor:
         self.reader = reader
         self.branches: dict[str, dict[str, Any]] = {}
         """Modality → temperature and operating point of its own head."""
+        self.out_of_fold: Path | None = None
+        """Of an ensemble of folds: its out-of-fold predictions, in the place of a validation split."""
         self.notes: dict[str, dict[str, Any]] = {}
         # Films per engine call where an answer must not depend on its neighbours: a kernel is chosen by shape, so calls
         # of one shape agree to the last bit. A GPU is left idle by one film, hence 16 there, filled up with black.
         self.call_sizes: tuple[int, ...] = (16,) if engine_device(engine) == "cuda" and reader is None else (1,)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a film may have several findings, each with a threshold of its own."""
+        return self.config.data.multilabel
+
+    @property
+    def thresholds(self) -> npt.NDArray[np.float64]:
+        """(C,) probability from which each finding is called; where a film may have several."""
+        return findings.thresholds(self.operating_point["findings"], self.classes)
+
+    def calibrated(self, logits_BC: FloatArray) -> npt.NDArray[np.float64]:
+        """Calibrated probabilities (B, classes) of an engine's logits."""
+        if self.multilabel:
+            return findings.probabilities(logits_BC, self.operating_point["findings"], self.classes)
+        return softmax(logits_BC, self.temperature)
 
     @property
     def positive_class(self) -> str | None:
@@ -116,7 +147,7 @@ class Predictor:
     def probabilities(self, images_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
         """Calibrated probabilities (B, classes) of preprocessed uint8 films (B, S, S, C)."""
         with memory_advice(len(images_BHWC)):
-            return softmax(self.engine.logits(images_BHWC), self.temperature)
+            return self.calibrated(self.engine.logits(images_BHWC))
 
     def exact_outputs(
         self, images_BHWC: npt.NDArray[np.uint8]
@@ -127,7 +158,7 @@ class Predictor:
         with memory_advice(max(self.call_sizes)):
             parts = list(stream(calls) if stream else map(self.engine.outputs, calls))
         logits_BC, features_BF = (np.concatenate(rows)[: len(images_BHWC)] for rows in zip(*parts))
-        return softmax(logits_BC, self.temperature), features_BF
+        return self.calibrated(logits_BC), features_BF
 
     def widen_calls(self, *, most: int = 8) -> None:
         """Let one call hold up to `most` films if no bit of eight noise films' answers changes by it."""
@@ -140,13 +171,18 @@ class Predictor:
         for size in sizes[:-1]:
             together = list(map(self.engine.outputs, np.split(films, range(size, most, size))))
             logits_BC, features_BF = (np.concatenate(rows) for rows in zip(*together))
-            same = np.array_equal(softmax(logits_BC, self.temperature), alone[0])
+            same = np.array_equal(self.calibrated(logits_BC), alone[0])
             if not (same and np.array_equal(features_BF, alone[1])):
                 return
         self.call_sizes = sizes
 
     def decide(self, probabilities_BC: FloatArray) -> npt.NDArray[np.int64]:
-        """Class index per row: the operating point in a binary task, else the most probable class."""
+        """Class index per row: the operating point in a binary task, else the most probable class.
+
+        Of several findings the one furthest above its threshold, whether or not that is reached.
+        """
+        if self.multilabel:
+            return findings.leading(probabilities_BC, self.thresholds)
         return decide(probabilities_BC, self.classes, self.positive_class, self.threshold)
 
     def predict_files(self, paths: Sequence[str], *, batch_size: int = 16) -> Iterator[Prediction | Unreadable]:
@@ -157,7 +193,7 @@ class Predictor:
             readable = [item for item in images if not isinstance(item, Unreadable)]
             rows: Iterator[FloatArray] = iter(self.exact_outputs(np.stack(readable))[0] if readable else [])
             for path, image in zip(chunk, images):
-                yield image if isinstance(image, Unreadable) else self._prediction(path, next(rows))
+                yield image if isinstance(image, Unreadable) else self.prediction(path, next(rows))
 
     def predict_list(self, paths: Sequence[str], *, batch_size: int) -> list[Prediction | Unreadable]:
         """The same, all at once."""
@@ -221,9 +257,14 @@ class Predictor:
         assert self.reader is not None
         return self.reader.rows([film], {name: [value] for name, value in (note or {}).items()})[0]
 
-    def _prediction(self, path: str, probabilities_C: FloatArray) -> Prediction:
-        index = int(self.decide(probabilities_C[None])[0])
+    def prediction(self, path: str, probabilities_C: FloatArray) -> Prediction:
+        """What these probabilities (C,) of one film come to."""
         by_class = {name: float(value) for name, value in zip(self.classes, probabilities_C)}
+        if self.multilabel:
+            called_C = probabilities_C >= self.thresholds
+            called = dict(zip(self.classes, called_C.tolist()))
+            return Prediction(path, findings.written(called_C, self.classes), by_class, called)
+        index = int(self.decide(probabilities_C[None])[0])
         return Prediction(path, self.classes[index], by_class)
 
 
@@ -282,12 +323,14 @@ def decide(
 def load(
     path: str | Path, *, device: str = "auto", precision: str = "auto", model_type: str | None = None
 ) -> Predictor:
-    """The predictor a checkpoint file or a bundle folder holds; `model_type`, when given, is only checked against it.
+    """The predictor of a checkpoint file, a bundle or a crossval folder; `model_type` is only checked against it.
 
     CheckpointError for one that is missing, damaged, newer, unsafe, or of another model.
     """
     if bundle.is_bundle(path):
         return _load_bundle(bundle.read(path), device=device, precision=precision, model_type=model_type)
+    if fold_ensemble.is_ensemble(path):
+        return _load_folds(fold_ensemble.read(path), device=device, precision=precision, model_type=model_type)
     content = checkpoint.load(path)
     config = _stored_config(content, path, model_type)
     spec = spec_from_dict(content["preprocess"])
@@ -333,6 +376,47 @@ def _load_cases(
     engine = CaseTorchEngine(model, reader, device=torch_device, precision=resolve_precision(precision, torch_device))
     predictor = _of_checkpoint(content, engine, spec, config, reader)
     predictor.branches = content.get("branches", {})
+    return predictor
+
+
+def described_by(path: Path) -> Path:
+    """The file that a model is known by: of a bundle or a crossval folder its description, which holds hashes."""
+    if fold_ensemble.is_ensemble(path):
+        return fold_ensemble.facts_file(path)
+    return path / bundle.FACTS if path.is_dir() else path
+
+
+def _load_folds(
+    stored: fold_ensemble.StoredEnsemble, *, device: str, precision: str, model_type: str | None
+) -> Predictor:
+    """The mean of the models of a cross-validation."""
+    facts = stored.facts
+    config = _stored_config(facts, stored.file, model_type)
+    members = [load(path, device=device, precision=precision) for path in stored.members]
+    first = members[0]
+    for path, member in zip(stored.members, members):
+        if member.classes != tuple(facts["classes"]) or member.spec != first.spec:
+            raise CheckpointError(
+                f"{path}: has other classes or sees films otherwise than {stored.members[0]}; give data.classes and "
+                "data.colour, and cross-validate again"
+            )
+    engines = [member.engine for member in members]
+    models = [engine.model for engine in engines if isinstance(engine, TorchEngine)]
+    model = fold_ensemble.FoldEnsemble(models, [member.temperature for member in members])
+    torch_device = resolve_device(device)
+    chosen = resolve_precision(precision, torch_device)
+    predictor = Predictor(
+        fold_ensemble.FoldEngine(model, first.spec, device=torch_device, precision=chosen),
+        spec=first.spec,
+        classes=facts["classes"],
+        temperature=float(facts["temperature"]),
+        operating_point=facts["operating_point"],
+        config=config,
+        provenance=facts["provenance"],
+        seen_films=np.unique(np.concatenate([member.seen_films for member in members])),
+        input_gate=first.input_gate,
+    )
+    predictor.out_of_fold = stored.validation
     return predictor
 
 
@@ -446,10 +530,11 @@ def find_films(sources: Sequence[str]) -> list[str]:
         if path.is_dir():
             films = sorted(str(item) for item in path.rglob("*") if is_film(item))
             if not films:
-                raise DataError(f"{path}: no films in this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+                looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise DataError(f"{path}: no films in this folder (looked for {looked_for}); name another")
             found += films
         elif path.exists():
             found.append(str(path))
         else:
-            raise DataError(f"{path}: no such file or folder")
+            raise DataError(f"{path}: no such file or folder; check the name, and the folder you are in")
     return found

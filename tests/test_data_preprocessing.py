@@ -481,6 +481,18 @@ def test_augmentation_keeps_shape_and_type_and_leaves_the_film_alone(channels: i
     assert np.array_equal(film, before)
 
 
+def test_a_crop_falls_on_every_film_and_gamma_bends_the_grey_levels() -> None:
+    ramp = np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], 32, axis=0)
+    # So rare that of the 40 draws only the crop, which is always made, can change a film.
+    cropping = augmenter(augmentation_prob=1e-9, min_crop_scale=0.4)
+    assert sum(not np.array_equal(cropping(ramp, epoch=1, index=i), ramp) for i in range(40)) > 36
+    steps = augmenter(augmentation_prob=1.0, gamma=1.0).pipeline.transforms
+    assert [step.gamma_limit for step in steps if type(step).__name__ == "RandomGamma"] == [(50, 200)]
+    assert not any(
+        type(step).__name__ == "RandomGamma" for step in augmenter(augmentation_prob=1.0).pipeline.transforms
+    )
+
+
 def test_a_higher_augmentation_probability_changes_more_films(film_32: np.ndarray) -> None:
     changed = {}
     for probability in (0.05, 0.3):
@@ -661,3 +673,50 @@ def test_films_read_from_the_cache_do_not_pile_up_in_memory(tmp_path: Path, monk
         most = max(most, resident_mb())
     assert most - before < 25  # of 50 MB
     assert np.array_equal(first, films[0])
+
+
+# --- the class from the file name ---
+
+PUBLISHED = r"(?P<bacteria>_bacteria_)|(?P<virus>_virus_)|(?P<normal>IM-\d)"
+FILMS = ["person1_bacteria_2.jpeg", "person3_virus_9.jpeg", "IM-0115-0001.jpeg", "NORMAL2-IM-0927-0001.jpeg"]
+
+
+def laid_out(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("place", ["train/PNEUMONIA", "train", "."])
+def test_the_class_is_read_from_published_names_wherever_the_films_lie(tmp_path: Path, place: str) -> None:
+    folder = laid_out(tmp_path / "films", [f"{place}/{name}" for name in FILMS])
+    manifest = dp.load_manifest(DataConfig(data_dir=str(folder), label_regex=PUBLISHED))
+    found = {Path(path).name: manifest.classes[code] for path, code in manifest.table[["path", "label"]].to_numpy()}
+    assert found == dict(zip(FILMS, ["bacteria", "virus", "normal", "normal"]))
+    assert set(manifest.table["split"]) == {"train" if place != "." else ""}
+
+
+def test_without_named_groups_the_class_is_the_text_of_the_first(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "films", ["a/x_cat.png", "b/y_dog.png"])
+    manifest = dp.load_manifest(DataConfig(data_dir=str(folder), label_regex=r"_(\w+)\."))
+    assert manifest.classes == ("cat", "dog") and manifest.table["label"].tolist() == [0, 1]
+
+
+def test_a_manifest_whose_paths_name_the_class_needs_no_label(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path\n" + "\n".join(FILMS) + "\n")
+    config = DataConfig(manifest=str(tmp_path / "m.csv"), label_regex=PUBLISHED)
+    assert dp.load_manifest(config).table["label"].tolist() == [0, 2, 1, 1]
+
+
+def test_films_that_name_no_class_are_one_error_with_examples(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "films", [*FILMS, "odd.png", "more/odd2.png"])
+    with pytest.raises(DataError, match=r"2 of 6 films name no class, e\.g\. more/odd2\.png, odd\.png; correct"):
+        dp.load_manifest(DataConfig(data_dir=str(folder), label_regex=PUBLISHED))
+
+
+@pytest.mark.parametrize(("pattern", "found"), [("IM-", "has no group"), ("(", "not a regular expression")])
+def test_a_pattern_that_can_name_no_class_is_refused(tmp_path: Path, pattern: str, found: str) -> None:
+    folder = laid_out(tmp_path / "films", FILMS)
+    with pytest.raises(ConfigError, match=f"data.label_regex.*{found}"):
+        dp.load_manifest(DataConfig(data_dir=str(folder), label_regex=pattern))
