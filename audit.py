@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pandas as pd
 
 import dicom
+import findings
 from audit_findings import (
     ALPHA,
     CLEAR,
@@ -223,14 +224,14 @@ def say_briefly(manifest: Manifest, hashes: npt.NDArray[np.int64], *, source: st
     `hashes` (N,) are those of the files of `manifest`, row by row. Copies of other pixels take the whole audit.
     """
     table = manifest.table.reset_index(drop=True)
-    said = list(_brief_remarks(table, manifest.classes, hashes))
+    said = list(_brief_remarks(table, manifest, hashes))
     for remark in said:
         log.warning("data: %s", remark)
     if said:
         log.warning("data: python main.py audit %s says more and shows the films", source)
 
 
-def _brief_remarks(table: pd.DataFrame, classes: Sequence[str], hashes: npt.NDArray[np.int64]) -> Iterable[str]:
+def _brief_remarks(table: pd.DataFrame, manifest: Manifest, hashes: npt.NDArray[np.int64]) -> Iterable[str]:
     groups = list(same_key(hashes.tolist()))
     for column, what in (("split", "in different splits"), ("label", "with different labels")):
         values = table[column].tolist()
@@ -241,6 +242,13 @@ def _brief_remarks(table: pd.DataFrame, classes: Sequence[str], hashes: npt.NDAr
         yield f"{some(len(groups), 'group')} of identical files in all"
     labels = table["label"].to_numpy(np.int64)
     columns = metadata_columns(table)
-    for item in nuisances(columns, labels, classes=classes, patients=list(table["patient_id"])):
-        if item.p_adjusted < ALPHA and item.auroc.ci_low >= CLEAR:
-            yield f"{item.name} alone tells {item.positive_class} with AUROC {item.auroc.value:.2f}"
+    tasks = {manifest.classes: labels}
+    if manifest.multilabel:
+        present_NC = findings.matrix(labels, len(manifest.classes))
+        tasks = {(f"not {name}", name): present_NC[:, k] for k, name in enumerate(manifest.classes)}
+    for classes, own in tasks.items():
+        against = classes[1] if manifest.multilabel else None
+        patients = list(table["patient_id"])
+        for item in nuisances(columns, own, classes=classes, patients=patients, positive_class=against):
+            if item.p_adjusted < ALPHA and item.auroc.ci_low >= CLEAR:
+                yield f"{item.name} alone tells {item.positive_class} with AUROC {item.auroc.value:.2f}"

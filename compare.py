@@ -84,6 +84,11 @@ def _of_checkpoints(
         evaluate.check_threshold(point)
     stored, config = evaluate.configured(first, overrides, None)
     other, _ = evaluate.configured(second, overrides, None)
+    if stored.multilabel or other.multilabel:
+        raise ConfigError(
+            "compare: these models have several findings a film; evaluate both and compare one finding by "
+            "--predictions A/FINDING/predictions.csv B/FINDING/predictions.csv"
+        )
     manifest, _ = evaluate.evaluation_manifest(stored, config)
     rows = evaluate.rows_of(manifest, config.evaluation.split)
     for name, predictor in (("A", stored), ("B", other)):
@@ -226,8 +231,7 @@ def summary(result: Mapping[str, Any]) -> str:
     """The comparison as a table for the terminal."""
     auc, mcnemar = result["auc_roc"], result["mcnemar"]
     lines = [
-        f"A {result['models']['a']}",
-        f"B {result['models']['b']}",
+        *(f"{key.upper()} {result['models'][key]}{_positive_from(result, key)}" for key in ("a", "b")),
         f"{result['n']} films of {result['n_patients']} patients; differences are A - B",
         f"{'':22}{'A':>9}{'B':>9}{'A - B':>9}   {100 * result['level']:g} % interval",
         f"{'auc_roc':22}{_cells(auc)}   p {p_value(auc['p_value'])}",
@@ -259,4 +263,8 @@ def _cells(item: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "undef." if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _positive_from(result: Mapping[str, Any], key: str) -> str:
+    return f", positive from {result['thresholds'][key]:.3f}" if "thresholds" in result else ""

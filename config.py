@@ -9,6 +9,7 @@ name. Imports neither torch nor any other heavy library, so that `--help` stays 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -45,9 +46,15 @@ class DataConfig:
     manifest: str | None = None
     """CSV with path,label and, when known, split,patient_id,text,age,sex,view,site; paths relative to the CSV."""
     classes: list[str] | None = None
-    """Class names in the order of the model's outputs; None takes those found, sorted."""
+    """Class names in the order of the model's outputs; None takes those found, sorted. Of findings, those learned."""
     positive_class: str | None = None
     """The class that is 'disease' in a binary task; None takes the one not named like normal/negative/other."""
+    task: str = "classes"
+    """classes (a film has exactly one) or multilabel: a manifest's `label` names findings like effusion|mass, and is
+    empty, none or No Finding where there is none; each is answered by itself."""
+    label_regex: str | None = None
+    """Pattern searched in each film's path below the data: its named groups are classes, of which the one that matches
+    is the film's; without named groups the class is the text of the first. It wins over folders and `label`."""
     patient_id_regex: str | None = None
     """Pattern searched in the file name; its first group (or whole match) is the patient. None: the published names."""
     val_fraction: float = 0.15
@@ -80,7 +87,9 @@ class DataConfig:
     brightness_contrast: float = 0.2
     """Brightness and contrast are changed by up to ± this share; in [0, 1]."""
     min_crop_scale: float = 1.0
-    """Smallest share of the film's area a random crop keeps; 1 never crops; in [0.1, 1]."""
+    """Smallest share of the film's area that the random crop of every film keeps; 1 never crops; in [0.1, 1]."""
+    gamma: float = 0.0
+    """Grey levels are raised to a power between 1 / (1 + gamma) and 1 + gamma; in [0, 4]."""
     augment_on: str = "auto"
     """cpu (film by film, beside the network), device (whole batches where the network computes), or auto: the device
     when it is a CUDA GPU. Both draw from the same ranges; the single draws differ."""
@@ -91,7 +100,13 @@ class DataConfig:
     cache_dir: str | None = None
     """Folder of the pixel cache; None: $MEDIMG_CACHE_DIR, else ~/.cache/medimg."""
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether a film may have several findings."""
+        return self.task == "multilabel"
+
     def __post_init__(self) -> None:
+        _check_choice("data", "task", self.task, ("classes", "multilabel"))
         _check_range("data", "val_fraction", self.val_fraction, 0.02, 0.5)
         _check_range("data", "test_fraction", self.test_fraction, 0.0, 0.5)
         _check_range("data", "batch_size", self.batch_size, 1)
@@ -100,6 +115,7 @@ class DataConfig:
         _check_range("data", "rotation_degrees", self.rotation_degrees, 0, 180)
         _check_range("data", "brightness_contrast", self.brightness_contrast, 0, 1)
         _check_range("data", "min_crop_scale", self.min_crop_scale, 0.1, 1)
+        _check_range("data", "gamma", self.gamma, 0, 4)
         _check_choice("data", "resize", self.resize, ("squash", "pad", "crop"))
         if not (self.dicom_window.isdecimal() and int(self.dicom_window) >= 1):
             _check_choice("data", "dicom_window", self.dicom_window, ("first", "percentile", "1"))
@@ -161,7 +177,7 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     loss: str = "cross_entropy"
-    """cross_entropy or focal."""
+    """cross_entropy or focal; of several findings a film the binary ones."""
     focal_gamma: float = 2.0
     """Focusing exponent of the focal loss (Lin 2017); in [0, 10]."""
     label_smoothing: float = 0.0
@@ -188,7 +204,8 @@ class TrainingConfig:
     """Side in pixels of the first epochs' films, growing to data.image_size by three quarters of the epochs; 0 is
     off. Validation is always at full size."""
     operating_point: str = "youden"
-    """How validation chooses the threshold: youden, sensitivity, specificity or fixed (0.5)."""
+    """How validation chooses the threshold: youden, stable_youden (the middle of all that are within 0.02 of the
+    largest Youden index), sensitivity, specificity or fixed (0.5)."""
     operating_point_target: float = 0.95
     """The sensitivity or specificity to reach when `operating_point` names one; in (0, 1)."""
     input_gate: bool = True
@@ -229,7 +246,7 @@ class TrainingConfig:
             "training",
             "operating_point",
             self.operating_point,
-            ("youden", "sensitivity", "specificity", "fixed"),
+            ("youden", "stable_youden", "sensitivity", "specificity", "fixed"),
         )
         if (self.monitor == "loss") != (self.monitor_mode == "min"):
             better = "min" if self.monitor == "loss" else "max"
@@ -499,6 +516,24 @@ class Config:
                 f"data.image_size={self.data.image_size}; start lower, or at 0 to switch it off"
             )
         self._check_head()
+        self._check_findings()
+
+    def _check_findings(self) -> None:
+        """What speaks of one class a film means nothing where a film has several findings."""
+        if not self.data.multilabel:
+            return
+        in_the_way = {
+            "data.label_regex": self.data.label_regex is not None,
+            "data.positive_class": self.data.positive_class is not None,
+            "data.balance": self.data.balance in ("sampler", "sampler_and_loss"),
+            "training.head_search": self.training.head_search,
+            "training.head_start": self.training.head_start == "logistic",
+            "evaluation.threshold": self.evaluation.threshold is not None,
+            "evaluation.prevalence": self.evaluation.prevalence is not None,
+        }
+        for name, given in in_the_way.items():
+            if given:
+                raise ConfigError(f"{name}: is of one class a film; drop it, or data.task=multilabel")
 
     def _check_head(self) -> None:
         """A search and a logistic start work on the features of a backbone that stays frozen."""
@@ -528,6 +563,9 @@ Overrides = Mapping[str, Any]
 """Dotted field name ('training.num_epochs') → value."""
 
 
+TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
 def _coerce(name: str, value: Any, annotation: Any) -> Any:
     """`value` as the field's type, or a ConfigError. YAML reads 1e-4 as text and 1 as int: both may be floats."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
@@ -554,10 +592,11 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
     if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
         return value
     shown = getattr(wanted, "__name__", str(wanted))
-    raise ConfigError(f"{name}: {value!r} is not of type {shown}")
+    raise ConfigError(f"{name}: {value!r} is not of type {shown}; give {TYPE_WORDS.get(wanted, 'a value that is')}")
 
 
-def field_types() -> dict[str, Any]:
+@functools.cache
+def field_types() -> Mapping[str, Any]:
     """Every dotted field name with its annotation, in the order of definition."""
     names = {}
     for section in dataclasses.fields(Config):
@@ -590,7 +629,7 @@ def check_known(name: str, *, source: str) -> None:
         leaf = name.rsplit(".", 1)[-1]
         by_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
         hint = f"; did you mean {by_leaf[0]!r}?" if by_leaf else nearest(name, known)
-        raise ConfigError(f"{source}: unknown setting {name!r}{hint}")
+        raise ConfigError(f"{source}: unknown setting {name!r}{hint or '; python main.py config lists them all'}")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -614,7 +653,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         nested = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
+        raise ConfigError(f"{path}: no such configuration file; check the name, and the folder you are in") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: cannot be read as a configuration file (it is no text)") from None
     except OSError as error:

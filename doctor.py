@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from config import Config, DataConfig
-from runtime import cpu_flags, library_versions, resolve_device, resolve_precision
+from config import Config, DataConfig, ModelConfig
+from runtime import cpu_flags, labelled, library_versions, resolve_device, resolve_precision
 
 LIBRARIES = (
     "torch",
@@ -39,6 +39,10 @@ def examine(config: Config, *, benchmark: bool = False) -> dict[str, Any]:
     from huggingface_hub import constants
 
     device = resolve_device(config.runtime.device)
+    if config.model.model_type != ModelConfig().model_type:
+        from models import check_model_name  # brings timm: the facts alone do not wait for it
+
+        check_model_name(config.model.model_type)
     cache = Path(constants.HF_HUB_CACHE)
     facts = {
         "python": platform.python_version(),
@@ -55,7 +59,7 @@ def examine(config: Config, *, benchmark: bool = False) -> dict[str, Any]:
         "default_data_dir_exists": Path(DataConfig().data_dir).is_dir(),
     }
     if benchmark:
-        import machine_speed  # brings timm and albumentations, which the facts alone do not wait for
+        import machine_speed  # brings timm and albumentations, as above
 
         facts["speed"] = machine_speed.measure(config)
     return facts
@@ -66,14 +70,13 @@ def summary(facts: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())
     weights = ", ".join(facts["cached_weights"]) or "none cached; use --weights FILE or --no-pretrained without a hub"
     data = "is there" if facts["default_data_dir_exists"] else "is not there; name yours with --data-dir or --manifest"
-    return "\n".join(
-        [
-            f"python     {facts['python']} on {facts['platform']}",
-            f"libraries  {libraries}",
-            f"device     {facts['device']}, computes in {facts['precision']}, {facts['cpu_count']} CPU cores",
-            f"cpu        {' '.join(facts['instruction_sets']) or 'instruction sets unknown'}",
-            f"weights    {facts['weight_cache']}: {weights}",
-            f"data       {DataConfig().data_dir} {data}",
-            *facts.get("speed", {}).get("lines", []),
-        ]
-    )
+    rows = {
+        "python": f"{facts['python']} on {facts['platform']}",
+        "libraries": libraries,
+        "device": f"{facts['device']}, computes in {facts['precision']}, {facts['cpu_count']} CPU cores",
+        "cpu": " ".join(facts["instruction_sets"]) or "instruction sets unknown",
+        "weights": f"{facts['weight_cache']}: {weights}",
+        "data": f"{DataConfig().data_dir} {data}",
+    }
+    lines = [labelled(f"{name:11}", words) for name, words in rows.items()]
+    return "\n".join([*lines, *facts.get("speed", {}).get("lines", [])])

@@ -38,7 +38,7 @@ from data_preprocessing import patients_of, prefetch
 from errors import ConfigError, DataError, nearest
 from estimates import as_groups, not_estimable
 from explain_report import SUSPECT, explanation_html
-from predictor import Unreadable, find_films
+from predictor import Unreadable, find_films, none_readable
 from preprocess import apply, decode
 from resampling import Sampling, mean_statistic
 from runtime import code_version, log, progress, require_writable, write_json, write_text
@@ -76,7 +76,7 @@ class Settings:
 
     methods: tuple[str, ...] = ("gradcam",)
     target: str | None = None
-    """The class explained on every film; None takes each film's predicted class."""
+    """The class explained on every film; None takes each film's predicted class, or its leading finding."""
     layer: str | None = None
     """Module whose activations are mapped; None takes the last feature stage."""
     opacity: float = 0.5
@@ -126,7 +126,7 @@ def class_index(explained: Explained, name: str | None) -> int | None:
         return None
     if name not in explained.classes:
         raise ConfigError(
-            f"--target: {name!r} is not a class of the model ({', '.join(explained.classes)})"
+            f"--target: {name!r} is not a class of the model; use one of {', '.join(explained.classes)}"
             f"{nearest(name, explained.classes)}"
         )
     return explained.classes.index(name)
@@ -191,15 +191,17 @@ def explain(
     results = explain_films(explained, paths, settings)
     for position, film in enumerate(progress(results, total=len(paths), label="explaining")):
         if isinstance(film, Unreadable):
-            log.warning("unreadable: %s", film.reason)
             unreadable.append(film)
             continue
         files = write_film(film, output_dir, names[position], explained.classes, opacity=settings.opacity)
-        rows.append(film_row(film, explained.classes) | {"files": files})
+        said = _said(explained, film)
+        rows.append(film_row(film, explained.classes) | said | {"files": files})
         checked += [film] if position in spread else []
-        pictures += [film_pictures(film, explained.classes, settings.opacity)] if position in shown else []
+        pictures += [film_pictures(film, explained.classes, settings.opacity) | said] if position in shown else []
     if not rows:
-        raise DataError(f"none of the {len(paths)} films can be read: {unreadable[0].reason}")
+        raise none_readable(unreadable)
+    for item in unreadable:
+        log.warning("unreadable: %s", item.reason)
     result = _result(explained, settings, rows, unreadable, checked)
     write_json(output_dir / "explanation.json", result)
     write_text(output_dir / "explanation_report.html", explanation_html(result, pictures))
@@ -222,6 +224,12 @@ def open_model(
     if model_type is not None and model_type != own:
         raise ConfigError(f"--model {model_type}: {explained.checkpoint} holds a {own}; drop the flag or correct it")
     return explained
+
+
+def _said(explained: Explained, film: Film) -> dict[str, str]:
+    """What takes the place of the predicted class where a film may have several findings."""
+    stored = explained.predictor
+    return {"prediction": stored.prediction(film.path, film.probabilities_C).prediction} if stored.multilabel else {}
 
 
 def _spread(total: int, count: int) -> set[int]:

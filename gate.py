@@ -163,7 +163,13 @@ class Gate:
         score = float(scores[worst])
         if score <= 1:
             return GateResult(True, "", score)
-        return GateResult(False, _turned(self.layout, image_HWC) if worst == 0 else UNLIKE, score)
+        pose, back_D = _turned(self.layout, image_HWC)
+        is_turned = worst == 0 or (scores[0] > 1 and self._is_laid_out_well(back_D))
+        return GateResult(False, f"it looks {pose}" if is_turned else UNLIKE, score)
+
+    def _is_laid_out_well(self, row_D: FloatArray) -> bool:
+        distance = self.layout.distances(row_D[None])[0][0]
+        return bool(distance <= self.thresholds[1])
 
     def scores(self, layouts_ND: FloatArray, features_NF: FloatArray) -> FloatArray:
         """(N, checks): 0 for a typical film, 1 at the threshold."""
@@ -311,12 +317,13 @@ def _misfit(layout: Reference, rows_ND: FloatArray) -> FloatArray:
     return correlation[:, 1:].max(axis=1) - correlation[:, 0]
 
 
-def _turned(layout: Reference, image_HWC: Uint8Array) -> str:
-    """In words, which turn or inversion would make the film fit best."""
-    poses = _poses(layout)
-    correlation = np.stack(list(poses.values())) @ _layouts(image_HWC[None])[0]
-    name = list(poses)[1 + int(correlation[1:].argmax())].split("#")[0]
-    return f"it looks {name}"
+def _turned(layout: Reference, image_HWC: Uint8Array) -> tuple[str, FloatArray]:
+    """(which turn or inversion would make the film fit best, in words; its row with that undone)."""
+    poses, row_D = _poses(layout), _layouts(image_HWC[None])[0]
+    correlation = np.stack(list(poses.values())) @ row_D
+    name, count = list(poses)[1 + int(correlation[1:].argmax())].split("#")
+    square = row_D.reshape(LAYOUT_SIDE, LAYOUT_SIDE)
+    return name, np.rot90(square, -int(count)).ravel() if count else -row_D
 
 
 def _spread(image_HWC: Uint8Array) -> float:

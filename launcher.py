@@ -40,8 +40,6 @@ def process_count(wanted: int | None, device: str) -> int:
     """How many processes to start: `wanted`, else one for each visible GPU, else one."""
     gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
     if wanted is None:
-        if not gpus:
-            log.info("no GPU is used: one process, with all cores (several: --nproc-per-node N)")
         return max(1, gpus)
     if wanted < 1:
         raise ConfigError(f"--nproc-per-node {wanted}: start at least one process")
@@ -54,6 +52,8 @@ def launch(words: Sequence[str], *, processes: int, max_restarts: int) -> int:
     """Run `distributed_train.py` with `words` in `processes` processes; the exit code of the program."""
     if max_restarts < 0:
         raise ConfigError(f"--max-restarts {max_restarts}: give 0 or more")
+    if processes == 1:
+        log.info("one process, with all cores (several: --nproc-per-node N)")
     # Each process a share of the cores: more threads than cores make processes wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failing process says why itself

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from process_group import Group
+    from train import TrainResult
 
 Arguments = argparse.Namespace
 RECIPES = Path(__file__).resolve().parent / "examples" / "recipes"
@@ -153,8 +155,11 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the program, and that of each verb."""
     width = max(len(name) for name in VERBS)
+    below = " " * (width + 4)
     listing = "\n".join(
-        f"  {name:{width}}  {verb.summary}\n  {'':{width}}    {verb.example}" for name, verb in VERBS.items()
+        textwrap.fill(verb.summary, 80, initial_indent=f"  {name:{width}}  ", subsequent_indent=below)
+        + f"\n{below}  {verb.example}"
+        for name, verb in VERBS.items()
     )
     parser = Parser(
         prog="main.py",
@@ -172,6 +177,7 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> Parser:
     parser: Parser = verbs.add_parser(
         name,
         prog=f"main.py {name}",
+        help=verb.summary,
         description=verb.summary,
         epilog=f"example:\n  {verb.example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -234,13 +240,29 @@ def run_train(arguments: Arguments) -> int:
     import train
 
     overrides = layers(arguments)
+    if arguments.dry_run:
+        return _run_dry(arguments, overrides)
     resume = Path(arguments.resume) if arguments.resume else None
     with _processes(overrides) as group:
         path, config = group.from_main(
             lambda: train.configured(overrides, resume=resume, processes=group.size), what="the settings"
         )
         result = train.train(config, resume=path, group=group)
-    return finish(arguments, dataclasses.asdict(result))
+    return _trained(arguments, result)
+
+
+def _trained(arguments: Arguments, result: TrainResult) -> int:
+    words = f"next: python main.py evaluate --checkpoint {result.best_model}"
+    return finish(arguments, dataclasses.asdict(result), words)
+
+
+def _run_dry(arguments: Arguments, overrides: Sequence[Overrides]) -> int:
+    if arguments.resume:
+        raise ConfigError("--dry-run tries a new run; drop --resume")
+    import dry_run
+
+    result = dry_run.dry_run(resolve(*overrides))
+    return finish(arguments, result, dry_run.summary(result))
 
 
 def run_train_multimodal(arguments: Arguments) -> int:
@@ -253,7 +275,7 @@ def run_train_multimodal(arguments: Arguments) -> int:
     else:
         path, config = case_training.resume_config(Path(arguments.resume), *overrides)
         result = case_training.train_multimodal(config, resume=path)
-    return finish(arguments, dataclasses.asdict(result))
+    return _trained(arguments, result)
 
 
 def _processes(overrides: Sequence[Overrides]) -> AbstractContextManager[Group]:
@@ -296,7 +318,19 @@ def run_evaluate(arguments: Arguments) -> int:
             )
         if not group.is_main:
             return 0
-    return finish(arguments, report, f"{evaluate.summary(report)}\nwritten to {folder}: report.html and its figures")
+    words = f"{evaluate.summary(report)}\nwritten to {folder}: report.html and its figures"
+    return finish(arguments, report, words + _after_evaluate(arguments, report))
+
+
+def _after_evaluate(arguments: Arguments, report: dict[str, Any]) -> str:
+    """The next step, as a line; none for another program's predictions."""
+    if arguments.bundle is not None:
+        return f"\nnext: python main.py api --bundle {arguments.bundle}"
+    if arguments.checkpoint is None:
+        return ""
+    verb = "optimize" if report.get("modalities") else "explain --worst 24"  # a review is of films alone
+    verb = "api" if report.get("task") == "multilabel" else verb  # and of one class a film
+    return f"\nnext: python main.py {verb} --checkpoint {arguments.checkpoint}"
 
 
 def run_compare(arguments: Arguments) -> int:
@@ -313,7 +347,10 @@ def run_compare(arguments: Arguments) -> int:
         thresholds=arguments.thresholds,
         margin=arguments.margin,
     )
-    return finish(arguments, result, f"{compare.summary(result)}\nwritten to {arguments.output_dir}")
+    better = second if result["auc_roc"]["difference"] < 0 else first
+    verb = "optimize --checkpoint" if arguments.checkpoints else "evaluate --predictions"
+    words = f"{compare.summary(result)}\nwritten to {arguments.output_dir}\nnext: python main.py {verb} {better}"
+    return finish(arguments, result, words)
 
 
 def run_reader_study(arguments: Arguments) -> int:
@@ -332,7 +369,11 @@ def run_reader_study(arguments: Arguments) -> int:
 
     folder = Path(arguments.output_dir)
     result = reader_study_report.study_report(Path(arguments.table), output_dir=folder, **study)
-    return finish(arguments, result, f"{reader_study_report.summary(result)}\nwritten to {folder}")
+    words = f"{reader_study_report.summary(result)}\nwritten to {folder}"
+    if result["pairwise"]:
+        plan = f"--plan mrmc_cases readers={result['readers']} effect=0.05 power=0.8"
+        words += f"\nnext: python main.py reader_study --table {arguments.table} {plan}"
+    return finish(arguments, result, words)
 
 
 def _run_plan(arguments: Arguments, study: dict[str, Any]) -> int:
@@ -342,8 +383,9 @@ def _run_plan(arguments: Arguments, study: dict[str, Any]) -> int:
 
     pilot = load_table(arguments.table, cluster=study.get("cluster")) if arguments.table else None
     result = study_plan.plan(arguments.plan, pilot=pilot, study=study)
-    write_json(Path(arguments.output_dir) / "study_plan.json", result)
-    return finish(arguments, result, study_plan.summary(result))
+    path = Path(arguments.output_dir) / "study_plan.json"
+    write_json(path, result)
+    return finish(arguments, result, f"{study_plan.summary(result)}\nwritten to {path}")
 
 
 def run_audit(arguments: Arguments) -> int:
@@ -357,8 +399,14 @@ def run_audit(arguments: Arguments) -> int:
         output_dir=folder,
         write_manifest=Path(arguments.write_manifest) if arguments.write_manifest else None,
     )
-    finish(arguments, report, f"{audit.summary(report)}\nwritten to {folder}: audit.html, audit.json, findings.csv")
-    return audit.exit_code(report)
+    code = audit.exit_code(report)
+    config = resolve(*layers(arguments))
+    source = arguments.source or config.data.manifest or config.data.data_dir
+    data = f"{'--manifest' if source.endswith('.csv') else '--data-dir'} {source}"
+    first = f"mend what {folder / 'audit.html'} lists, then " if code else ""
+    words = f"{audit.summary(report)}\nwritten to {folder}: audit.html, audit.json, findings.csv"
+    finish(arguments, report, f"{words}\nnext: {first}python main.py train {data}")
+    return code
 
 
 def run_predict(arguments: Arguments) -> int:
@@ -378,7 +426,10 @@ def run_predict(arguments: Arguments) -> int:
             note=arguments.text,
             group=group,
         )
-    return finish(arguments, result, predict.summary(result))
+    words = predict.summary(result)
+    if arguments.checkpoint is not None:
+        words += f"\nnext: python main.py explain {arguments.films[0]} --checkpoint {arguments.checkpoint}"
+    return finish(arguments, result, words)
 
 
 def run_explain(arguments: Arguments) -> int:
@@ -402,7 +453,9 @@ def run_explain(arguments: Arguments) -> int:
         model_type=arguments.model,
         note=arguments.text,
     )
-    return finish(arguments, result, f"{case_explain.summary(result)}\nwritten to {folder}: explanation_report.html")
+    words = f"{case_explain.summary(result)}\nwritten to {folder}: explanation_report.html"
+    use = f"api --bundle {arguments.bundle}" if arguments.bundle else f"optimize --checkpoint {arguments.checkpoint}"
+    return finish(arguments, result, f"{words}\nnext: python main.py {use}")
 
 
 def _explain_settings(arguments: Arguments, config: Config) -> dict[str, Any]:
@@ -452,7 +505,8 @@ def run_optimize(arguments: Arguments) -> int:
         model_type=arguments.model,
         triton_repository=Path(arguments.triton_repository) if arguments.triton_repository else None,
     )
-    finish(arguments, report, f"{optimization.summary(report)}\nwritten to {folder}: bundle.json and its report")
+    words = f"{optimization.summary(report)}\nwritten to {folder}: bundle.json and its report"
+    finish(arguments, report, f"{words}\nnext: python main.py evaluate --bundle {folder}")
     return 0 if report["chosen"] else optimization.NOTHING_PASSED
 
 
@@ -474,14 +528,15 @@ def run_crossval(arguments: Arguments) -> int:
     result = crossval.crossval(
         resolve(*layers(arguments)), folds=arguments.folds, repeats=arguments.repeats, output_dir=folder
     )
-    return finish(arguments, result, f"{crossval.summary(result)}\nwritten to {folder}: crossval.json and its tables")
+    words = f"{crossval.summary(result)}\nwritten to {folder}: crossval.json and its tables"
+    return finish(arguments, result, f"{words}\nnext: python main.py evaluate --checkpoint {folder}")
 
 
 def run_demo(arguments: Arguments) -> int:
     """The tour on synthetic films."""
     import demo
 
-    result = demo.demo(Path(arguments.output_dir), overrides=layers(arguments))
+    result = demo.demo(Path(arguments.output_dir), multimodal=arguments.multimodal, overrides=layers(arguments))
     return finish(arguments, result, demo.summary(result))
 
 
@@ -496,7 +551,8 @@ def run_doctor(arguments: Arguments) -> int:
     import doctor
 
     facts = doctor.examine(resolve(*layers(arguments)), benchmark=arguments.benchmark)
-    return finish(arguments, facts, doctor.summary(facts))
+    verb = "audit" if facts["default_data_dir_exists"] else "demo"
+    return finish(arguments, facts, f"{doctor.summary(facts)}\nnext: python main.py {verb}")
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -512,12 +568,24 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _film_train_arguments(parser: argparse.ArgumentParser) -> None:
+    _train_arguments(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="try one batch of everything, estimate time, memory and disk of the run, and write nothing",
+    )
+
+
 def _stored_model(arguments: Arguments) -> Path:
     """The checkpoint or bundle named; ConfigError for a --bundle that is none."""
     if arguments.bundle is None:
         return Path(arguments.checkpoint)
     if not (Path(arguments.bundle) / "bundle.json").is_file():
-        raise ConfigError(f"--bundle {arguments.bundle}: no folder that optimize finished (no bundle.json in it)")
+        raise ConfigError(
+            f"--bundle {arguments.bundle}: no folder that optimize finished; run optimize, or use --checkpoint"
+        )
     return Path(arguments.bundle)
 
 
@@ -562,7 +630,9 @@ def _distributed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
+    what.add_argument(
+        "--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder, or a folder of crossval"
+    )
     what.add_argument("--bundle", metavar="DIR", default=None, help="a folder that optimize wrote")
     parser.add_argument("--model", default=None, help="only checked against the checkpoint")
     return what
@@ -720,14 +790,30 @@ def _crossval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", metavar="DIR", default="crossval_results", help="(crossval_results)")
 
 
+def run_completion(arguments: Arguments) -> int:
+    """Print the script that completes this command line in a shell."""
+    import completion
+
+    recipes = tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    script = completion.script(build_parser()[0], arguments.shell, recipes=recipes)
+    return finish(arguments, {"shell": arguments.shell, "script": script}, script)
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="bash, zsh or fish")
+
+
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--multimodal", action="store_true", default=False, help="the model also reads the notes, ages and sexes"
+    )
     parser.add_argument("--output-dir", metavar="DIR", default="demo_output", help="(demo_output)")
 
 
 VERBS = {
     "demo": Verb(
         run_demo,
-        "make synthetic films, train a small model on them, measure it",
+        "make synthetic films, train a small model on them, measure, explain and compress it; a page shows all",
         "python main.py demo",
         ("--epochs", "--seed", *DEVICE_FLAGS),
         _demo_arguments,
@@ -744,7 +830,7 @@ VERBS = {
         "fine-tune a network on a folder or table of films",
         "python main.py train --model resnet50 --epochs 50",
         (*TRAIN_FLAGS, "--positive-class"),
-        _train_arguments,
+        _film_train_arguments,
     ),
     "train_multimodal": Verb(
         run_train_multimodal,
@@ -835,6 +921,13 @@ VERBS = {
         "python main.py doctor --benchmark",
         ("--model", "--image-size", *DEVICE_FLAGS),
         _doctor_arguments,
+    ),
+    "completion": Verb(
+        run_completion,
+        "print what a shell needs to complete this command line: verbs, flags, choices, files",
+        "python main.py completion bash",
+        (),
+        _completion_arguments,
     ),
 }
 

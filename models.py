@@ -175,8 +175,8 @@ def check_model_name(name: str) -> None:
 
 def has_fixed_grid(name: str) -> bool:
     """Whether the network takes films of one size only."""
-    facts: Any = timm.get_pretrained_cfg(name)
-    return bool(facts.fixed_input_size)
+    facts: Any = timm.get_pretrained_cfg(name)  # None for a network registered without published weights
+    return facts is not None and bool(facts.fixed_input_size)
 
 
 def _create_backbone(name: str, image_size: int | None) -> nn.Module:
@@ -215,13 +215,20 @@ def load_weights(backbone: nn.Module, path: Path) -> None:
             for what, names in (("missing", absent), ("unexpected", foreign), ("of another shape", reshaped))
             if names
         ]
-        raise CheckpointError(f"{path}: weights of another architecture than this {kind}: {'; '.join(facts)}")
+        raise CheckpointError(
+            f"{path}: weights of another architecture than this {kind}: {'; '.join(facts)}; name theirs with --model"
+        )
     backbone.load_state_dict(state, strict=False)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def require_weights_file(path: Path) -> None:
+    """CheckpointError when there is no file at `path`."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such weights file")
+        raise CheckpointError(f"{path}: no such weights file; check --weights, or start from random: --no-pretrained")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    require_weights_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -251,7 +258,7 @@ def _pretrained_file(name: str) -> Path:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     facts: Any = timm.get_pretrained_cfg(name)
-    repository = facts.hf_hub_id
+    repository = facts and facts.hf_hub_id
     if not repository:
         raise CheckpointError(f"model.pretrained: timm publishes no weights for {name!r}; use --no-pretrained")
     for filename in ("model.safetensors", "pytorch_model.bin"):

@@ -33,6 +33,7 @@ from candidates import Candidate, batches_of, cold_start, measure, try_build
 from config import ENGINES, Config, OptimizationConfig, Overrides, flatten, resolve
 from engines import ONNX_ENGINES, Engine, HostScaling, TorchEngine, onnx_engine, precisions_here, why_absent
 from errors import CheckpointError, ConfigError, DataError
+from fold_ensemble import is_ensemble
 from metrics import compare_predictions, evaluate_predictions, macro_auroc
 from models import Classifier
 from onnx_export import export_to_onnx, parity
@@ -123,10 +124,19 @@ def optimize(
     Returns the content of optimization_report.json; its "chosen" is None when nothing passed and the float model was
     kept. UserError kinds for the user's mistakes.
     """
+    if is_ensemble(checkpoint):
+        raise ConfigError(
+            f"--checkpoint {checkpoint}: is the mean of several models; optimize one, such as best_model.pth of a fold"
+        )
     if checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: is a folder; name the checkpoint file, for example best_model.pth")
     started = time.perf_counter()
     stored = predictor.load(checkpoint, device="cpu", precision="fp32", model_type=model_type)
+    if stored.multilabel:
+        raise ConfigError(
+            f"--checkpoint {checkpoint}: has several findings a film (data.task=multilabel), whose accuracy no budget "
+            "of optimize measures; serve the checkpoint itself, or export it with onnx_export.export_to_onnx"
+        )
     config = resolve(flatten(stored.config.to_dict(), source=str(checkpoint)), *overrides)
     require_writable(output_dir)
     if triton_repository is not None:

@@ -721,7 +721,11 @@ def _history_panel(axis: Axes, epochs: FloatArray, columns: Mapping[str, FloatAr
             label=label,
         )
     positive = all((values[~np.isnan(values)] > 0).all() for values in columns.values())
-    axis.set_yscale(scale if positive else "linear")
+    if scale == "log" and positive:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")  # the usual powers of ten are mathematics, which _save turns off
+        axis.yaxis.set_minor_formatter("")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     if len(epochs):
         axis.set_xlim(float(np.nanmin(epochs)) - 0.5, float(np.nanmax(epochs)) + 0.5)

@@ -2,8 +2,9 @@
 
     python main.py predict films/ --checkpoint checkpoints/best_model.pth --output-dir predictions
 
-Writes predictions.csv (path,prediction,confidence,probability_<CLASS>…), row by row in bounded memory, and
-unreadable.csv when films could not be read. Never stops at a bad film, never leaves one out silently.
+Writes predictions.csv (path,prediction,confidence,probability_<CLASS>…, and call_<FINDING>… of 0 or 1 where a film may
+have several findings), row by row in bounded memory, and unreadable.csv when films could not be read. Never stops at a
+bad film, never leaves one out silently.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import ConfigError, DataError
-from predictor import Prediction, Unreadable, find_cases, load, predict_together
+from errors import ConfigError
+from findings import NONE, SEPARATOR
+from predictor import Prediction, Predictor, Unreadable, find_cases, load, none_readable, predict_together
 from process_group import ALONE, Group
 from runtime import log, progress
 
@@ -45,35 +47,39 @@ def predict(
     predictor.attach(cases if note is None else cases.assign(text=note))
     results = predict_together(predictor, paths, batch_size=batch_size, group=group)
     if group.is_main:
-        written = _write(results, predictor.classes, len(paths), output_dir)
+        written = _write(results, predictor, len(paths), output_dir)
     else:
         collections.deque(results, maxlen=0)
     return group.from_main(lambda: written, what="the predictions written by the first process")
 
 
 def _write(
-    results: Iterator[Prediction | Unreadable], classes: Sequence[str], count: int, output_dir: Path
+    results: Iterator[Prediction | Unreadable], predictor: Predictor, count: int, output_dir: Path
 ) -> dict[str, Any]:
-    counts = dict.fromkeys(classes, 0)
+    classes = predictor.classes
+    calls = [f"call_{name}" for name in classes] if predictor.multilabel else []
+    counts = dict.fromkeys([*classes, NONE] if predictor.multilabel else classes, 0)
     unreadable: list[Unreadable] = []
     target = output_dir / "predictions.csv"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with target.open("w", newline="", encoding="utf-8") as stream:
             rows = csv.writer(stream)
-            rows.writerow(["path", "prediction", "confidence", *(f"probability_{name}" for name in classes)])
+            rows.writerow(["path", "prediction", "confidence", *(f"probability_{name}" for name in classes), *calls])
             for result in progress(results, total=count, label="predicting"):
                 if isinstance(result, Unreadable):
                     unreadable.append(result)
                     continue
-                counts[result.prediction] += 1
+                for name in result.prediction.split(SEPARATOR) if predictor.multilabel else [result.prediction]:
+                    counts[name] += 1
                 values = [result.confidence, *result.probabilities.values()]
-                rows.writerow([result.path, result.prediction, *(f"{value:.6f}" for value in values)])
+                called = [int(value) for value in (result.called or {}).values()]
+                rows.writerow([result.path, result.prediction, *(f"{value:.6f}" for value in values), *called])
         listed = _write_unreadable(unreadable, output_dir)
     except OSError as error:
         raise ConfigError(f"--output-dir {output_dir}: cannot be written ({error.strerror}); name another") from None
     if len(unreadable) == count:
-        raise DataError(f"none of the {count} films can be read: {unreadable[0].reason}; {listed} lists them all")
+        raise none_readable(unreadable)
     for item in unreadable:
         log.warning("unreadable: %s", item.reason)
     return {

@@ -263,6 +263,7 @@ def prune_and_distil(
     work = Distillation(
         pruned.model, prepared, config, epochs=epochs, learning_rate=learning_rate, device=device, precision=precision
     )
+    torch.manual_seed(config.training.seed)  # dropout reads torch's generator
     with memory_advice(config.data.batch_size):
         stages, best, model = work.run(stop)
     return Distilled(model, pruned.before, pruned.after, best, tuple(stages))

@@ -18,7 +18,7 @@ import plots
 from errors import ConfigError
 from page import facts, figure, interval, number, p_value, page, section, stacked, table, text
 from reader_study import load_table, reader_roc_points, reader_study
-from runtime import code_version, write_json, write_text
+from runtime import code_version, labelled, write_json, write_text
 
 METHOD_NAMES = {
     "or": "Obuchowski-Rockette with the degrees of freedom of Hillis",
@@ -121,7 +121,7 @@ def _differences(result: Mapping[str, Any]) -> list[list[str]]:
 def summary(result: Mapping[str, Any]) -> str:
     """The study as a table for the terminal."""
     level = f"{100 * result['level']:g} % interval"
-    lines = [f"{name + ':':18}{value}" for name, value in _pairs(result)]
+    lines = [labelled(f"{name + ':':18}", value) for name, value in _pairs(result)]
     lines.append(f"{'modality':24}{OUTCOME_NAMES[result['outcome']]:>12}   {level}")
     for row in result["per_modality"]:
         lines.append(f"{row['modality']:24}{_fixed(row['estimate']):>12}   {_limits(row)}")

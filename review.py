@@ -62,6 +62,11 @@ def review(
     runtime = resolve(*overrides).runtime
     explained = open_model(checkpoint, bundle, device=runtime.device, model_type=model_type)
     stored = explained.predictor
+    if stored.multilabel:
+        raise ConfigError(
+            "--worst: looks for films of a wrong class, and this model has several findings a film; the report.html "
+            "that evaluate writes for each finding shows its worst errors"
+        )
     config = resolve(flatten(stored.config.to_dict(), source=str(explained.checkpoint)), *overrides)
     manifest, _ = evaluate.evaluation_manifest(stored, config)
     rows = manifest.split(config.evaluation.split)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -262,6 +263,19 @@ def _out_of_memory(batch_size: int) -> UserError:
     return UserError(
         f"out of memory at batch size {batch_size}; try --batch-size {half} --set training.accumulation_steps="
         f"{-(-batch_size // half)}, which keeps the effective batch"
+    )
+
+
+# --- words for the terminal ------------------------------------------------------------------------------------
+
+COLUMNS = 80
+
+
+def labelled(label: str, words: str) -> str:
+    """`label` and what it says, in at most 80 columns, further lines below the first; paths stay whole."""
+    indent = " " * len(label)
+    return textwrap.fill(
+        words, COLUMNS, initial_indent=label, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 

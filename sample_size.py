@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 def _check_share(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < 1:
-            raise ConfigError(f"{name} {value!r} is not between 0 and 1")
+            raise ConfigError(f"{name} {value!r} is not between 0 and 1; correct it")
 
 
 def _check_positive(**values: float | None) -> None:

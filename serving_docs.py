@@ -33,7 +33,7 @@ class Health(BaseModel):
 
 
 class PredictionOut(BaseModel):
-    """What the model says of one film."""
+    """What the model says of one film; `findings` (those called) and `thresholds` of several findings only."""
 
     prediction: str
     confidence: float
@@ -45,6 +45,8 @@ class PredictionOut(BaseModel):
     in_distribution: bool | None
     reason: str | None
     features: list[float] | None = None
+    findings: list[str] | None = None
+    thresholds: dict[str, float] | None = None
 
 
 class BatchEntry(PredictionOut):

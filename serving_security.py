@@ -83,7 +83,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"--api-keys-file {file}: cannot be read ({reason})") from None
+        raise ConfigError(f"--api-keys-file {file}: cannot be read ({reason}); name another file") from None
     lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 

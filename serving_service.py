@@ -235,29 +235,39 @@ class Service:
     def result(self, row: Row) -> dict[str, Any]:
         """The published fields, without the time."""
         predictor = self.predictor
-        index = int(predictor.decide(row.probabilities_C[None])[0])
-        binary = predictor.positive_class is not None
-        return {
-            "prediction": predictor.classes[index],
-            "confidence": float(row.probabilities_C[index]),
-            "probabilities": {name: float(value) for name, value in zip(predictor.classes, row.probabilities_C)},
+        said = predictor.prediction("", row.probabilities_C)
+        result = {
+            "prediction": said.prediction,
+            "confidence": said.confidence,
+            "probabilities": said.probabilities,
             "inference_time_ms": 0.0,
             "model_version": self.model_version,
             "positive_class": predictor.positive_class,
-            "threshold": predictor.threshold if binary else None,
+            "threshold": predictor.threshold if predictor.positive_class is not None else None,
         }
+        if said.called is not None:
+            result["findings"] = [name for name, called in said.called.items() if called]
+            result["thresholds"] = dict(zip(predictor.classes, predictor.thresholds.tolist()))
+        return result
+
+    def _leading(self, result: Mapping[str, Any]) -> str:
+        """The class predicted; of several findings the one that stands highest above its threshold."""
+        p_C = np.array([result["probabilities"][name] for name in self.predictor.classes])
+        return self.predictor.classes[int(self.predictor.decide(p_C[None])[0])]
 
     def _record(self, result: dict[str, Any], row: Row, content: memoryview, key: str) -> None:
         positive = self.predictor.positive_class
         score = result["probabilities"][positive] if positive is not None else result["confidence"]
         accepted = result["in_distribution"]
         self.metrics.scores.observe(score)
-        self.metrics.predictions.labels(result["prediction"]).inc()
+        for said in result.get("findings") or [result["prediction"]]:
+            self.metrics.predictions.labels(said).inc()
         if accepted is False:
             self.metrics.unlike.inc()
         if self.scores is not None:
             with contextlib.suppress(ConfigError):  # a full disk must not stop the answers; it is written again later
-                self.scores.add(score, positive=result["prediction"] == positive, in_distribution=accepted)
+                called = result["prediction"] == positive or bool(result.get("findings"))
+                self.scores.add(score, positive=called, in_distribution=accepted)
         if self.audit is not None:
             said = {name: result[name] for name in ("prediction", "probabilities", "in_distribution")}
             self.audit.write(key=key, content=content, result=said, model_version=self.model_version)
@@ -306,7 +316,7 @@ class Service:
             started = time.perf_counter()
             film = await in_thread(self.decoders, self.decode, content, note)
             result = await self._answer(film, content, started, key=key, features=False)
-            wanted = target or result["prediction"]
+            wanted = target or self._leading(result)
             index = self.predictor.classes.index(wanted)
             try:
                 heat_HW, words = await self.queue.submit(lambda: self._evidence(film, index), is_call=True)
@@ -375,9 +385,8 @@ def decode_threads(settings: ServingConfig) -> int:
 
 
 def model_version(predictor: Predictor, source: Path) -> str:
-    """The architecture, and the first digits of the SHA-256 of the checkpoint or of the bundle's description."""
-    file = source / "bundle.json" if source.is_dir() else source
-    with file.open("rb") as stream:
+    """The architecture, and the first digits of the SHA-256 of the checkpoint, or of a folder's description."""
+    with prediction.described_by(source).open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(MIB):
             digest.update(block)

@@ -159,7 +159,7 @@ def _call(
     for parameter in parameters:
         wanted, value = str(parameter.annotation), given.get(parameter.name)
         if isinstance(value, str) and "str" not in wanted:
-            raise ConfigError(f"--plan {name}: {parameter.name}={value} is not a number")
+            raise ConfigError(f"--plan {name}: {parameter.name}={value} is not a number; write {parameter.name}=NUMBER")
     return function(*first, **given)
 
 

@@ -64,15 +64,25 @@ from device_augmentation import DeviceAugmenter
 from engines import InputScaling, TorchEngine
 from errors import ConfigError, DataError, UserError, examples
 from feature_cache import CannotCache, FeatureCache, Tail, open_features
+from finding_objective import (
+    calibrated_findings,
+    finding_figures,
+    finding_loss,
+    finding_weights,
+    uncalibrated_findings,
+)
+from findings import matrix
 from metrics import choose_threshold
 from models import (
     Classifier,
+    check_model_name,
     count_parameters,
     has_fixed_grid,
     make_head,
     model_from_config,
     normalisation,
     parameter_groups,
+    require_weights_file,
 )
 from objective import (
     Mixing,
@@ -323,6 +333,16 @@ def safe_precision(config: Config, device: torch.device) -> str:
     return precision
 
 
+def manifest_of(config: Config, *, random_weights: bool = False) -> Manifest:
+    """The films of a run; mistakes that can be seen before a film is opened end it here, before anything is said."""
+    check_model_name(config.model.model_type)
+    if config.model.weights is not None and not random_weights:
+        require_weights_file(Path(config.model.weights))
+    manifest = load_manifest(config.data)
+    positive_of(manifest, config)
+    return manifest
+
+
 def prepare(
     config: Config, *, random_weights: bool = False, build: Callable[[Manifest], Any] | None = None
 ) -> Prepared:
@@ -331,8 +351,7 @@ def prepare(
     `build` makes another model than the configured classifier of films.
     """
     seed = config.training.seed
-    manifest = split_manifest(load_manifest(config.data), config.data, seed=seed)
-    positive_class(manifest.classes, config.data.positive_class)
+    manifest = split_manifest(manifest_of(config, random_weights=random_weights), config.data, seed=seed)
     if config.training.progressive_resizing and has_fixed_grid(config.model.model_type):
         raise ConfigError(
             f"training.progressive_resizing: {config.model.model_type} takes films of one size only; set it to 0"
@@ -372,10 +391,17 @@ def prepare(
     return Prepared(manifest, digest, seen, spec, train_set, val_set, model, excluded)
 
 
+def positive_of(manifest: Manifest, config: Config) -> str | None:
+    """The positive class of a binary task; None for several classes, and where each finding is its own."""
+    return None if manifest.multilabel else positive_class(manifest.classes, config.data.positive_class)
+
+
 def calibrated(
     logits_NC: FloatArray, labels: IntArray, classes: Sequence[str], positive: str | None, config: Config
 ) -> dict[str, Any]:
     """Temperature and operating point from validation logits, as the configuration asks."""
+    if config.data.multilabel:
+        return calibrated_findings(logits_NC, labels, classes, config.training)
     temperature = fit_temperature(logits_NC, labels)
     if positive is None:
         return {"temperature": temperature, "operating_point": {"rule": "argmax", "positive_class": None}}
@@ -451,7 +477,8 @@ class Fit:
         self.device, self.precision, self.group = device, precision, group
         self.films_per_step = config.data.batch_size * group.size
         self.classes = prepared.manifest.classes
-        self.positive = positive_class(self.classes, config.data.positive_class)
+        self.multilabel = config.data.multilabel
+        self.positive = positive_of(prepared.manifest, config)
         self.model = prepared.model.to(device).to(memory_format=torch.channels_last)
         if device.type == "cpu":
             speed_up_depthwise(self.model)
@@ -478,13 +505,16 @@ class Fit:
         self.check_every = CHECK_EVERY if device.type == "cuda" else 1
         self.average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
         labels, balance = prepared.train_set.labels, config.data.balance
-        self.weights_C = loss_weights(labels, len(self.classes), balance=balance, device=device)
+        weigh = finding_weights if self.multilabel else loss_weights
+        self.weights_C = weigh(labels, len(self.classes), balance=balance, device=device)
         self.standing = Standing()
         point = {"rule": "argmax"} if self.positive is None else {"rule": "fixed", "threshold": 0.5}
         self.calibrated: dict[str, Any] = {
             "temperature": 1.0,
             "operating_point": {**point, "positive_class": self.positive},
         }
+        if self.multilabel:
+            self.calibrated = uncalibrated_findings(self.classes)
 
     @property
     def total_steps(self) -> int:
@@ -812,9 +842,14 @@ class Fit:
         return self.to_input(films_BHWC)
 
     def _targets(self, batch: Batch) -> Tensor:
+        if self.multilabel:
+            present_BC = torch.from_numpy(matrix(batch.labels_B.numpy(), len(self.classes)))
+            return present_BC.float().to(self.device, non_blocking=True)
         return F.one_hot(batch.labels_B, len(self.classes)).float().to(self.device, non_blocking=True)
 
     def _loss(self, logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
+        if self.multilabel:
+            return finding_loss(logits_BC, targets_BC, config=self.config.training, weights_2C=self.weights_C)
         return classification_loss(logits_BC, targets_BC, config=self.config.training, weights_C=self.weights_C)
 
     def _note_loss(self, loss: Tensor) -> None:
@@ -904,7 +939,7 @@ class Fit:
         logits_NC, labels = self._validation_logits(), self.prepared.val_set.labels
         validation, calibration = self.group.from_main(
             lambda: (
-                validation_figures(logits_NC, labels, positive=self._positive_index()),
+                self._figures(logits_NC, labels),
                 self._calibrate(logits_NC, labels),
             ),
             what=f"the figures of epoch {standing.epoch}",
@@ -937,6 +972,11 @@ class Fit:
         self._write("history.csv", pd.DataFrame(standing.history).to_csv(index=False))
         if self.on_epoch is not None:
             self.on_epoch(row)
+
+    def _figures(self, logits_NC: FloatArray, labels: IntArray) -> dict[str, float]:
+        if self.multilabel:
+            return finding_figures(logits_NC, labels)
+        return validation_figures(logits_NC, labels, positive=self._positive_index())
 
     def _positive_index(self) -> int | None:
         return None if self.positive is None else self.classes.index(self.positive)
@@ -982,10 +1022,9 @@ class Fit:
     def _epoch_line(self, row: dict[str, float], *, better: bool) -> str:
         monitored = self.config.training.monitor
         return (
-            f"epoch {row['epoch']}/{self.config.training.num_epochs}: train loss {row['train_loss']:.4f}, "
-            f"val loss {row['val_loss']:.4f}, val AUROC {row['val_auc_roc']:.4f}, "
-            f"val accuracy {row['val_accuracy']:.4f}, {row['images_per_s']:.1f} films/s, {row['seconds']:.0f} s"
-            + (f"  <- best {monitored}" if better else "")
+            f"epoch {row['epoch']}/{self.config.training.num_epochs}: loss {row['train_loss']:.4f}, "
+            f"val {row['val_loss']:.4f}, AUROC {row['val_auc_roc']:.4f}, accuracy {row['val_accuracy']:.4f}, "
+            f"{row['images_per_s']:.1f} films/s, {row['seconds']:.0f} s" + (f", best {monitored}" if better else "")
         )
 
     # -- saving and resuming --
@@ -1088,21 +1127,24 @@ class Fit:
         count = count_parameters(self.model)
         settings = self.config.training
         log.info(
-            "%s on %s in %s: %.1f M parameters, %.1f M trainable; batch %d x %d processes x %d accumulated = %d films "
-            "a step; %d epochs at most",
+            "%s on %s in %s: %.1f M parameters, %.1f M trainable; %s films a step; %d epochs at most",
             self.config.model.model_type,
             self.device,
             self.precision,
             count.total / 1e6,
             count.trainable / 1e6,
-            self.config.data.batch_size,
-            self.group.size,
-            settings.accumulation_steps,
-            self.films_per_step * settings.accumulation_steps,
+            self._films_a_step(),
             settings.num_epochs,
         )
         if self.standing.step:
             log.info("resumed at epoch %d, batch %d", self.standing.epoch, self.standing.batch)
+
+    def _films_a_step(self) -> str:
+        """'16', or '64 (16 x 2 processes x 2 accumulated)' where a step is more than a batch."""
+        size, processes = self.config.data.batch_size, self.group.size
+        accumulated = self.config.training.accumulation_steps
+        total = self.films_per_step * accumulated
+        return f"{total}" if total == size else f"{total} ({size} x {processes} processes x {accumulated} accumulated)"
 
     def _finish(self, seconds: float) -> TrainResult:
         standing = self.standing
@@ -1118,15 +1160,17 @@ class Fit:
         row = standing.history[standing.best_epoch - 1]
         validation = {name[4:]: value for name, value in row.items() if name.startswith("val_")}
         log.info(
-            "done in %.0f s: best epoch %d with validation %s %.4f, temperature %.2f, threshold %s\n"
-            "next: python main.py evaluate --checkpoint %s",
+            "done in %.0f s: best epoch %d with validation %s %.4f, temperature %.2f, threshold %s",
             seconds,
             standing.best_epoch,
             self.config.training.monitor,
             standing.best_score,
             best["temperature"],
-            f"{best['operating_point']['threshold']:.3f}" if self.positive else "argmax",
-            self.folder / checkpoint.BEST,
+            f"{best['operating_point']['threshold']:.3f}"
+            if self.positive
+            else "of each finding in the checkpoint"
+            if self.multilabel
+            else "argmax",
         )
         return TrainResult(
             output_dir=str(self.folder),

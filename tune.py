@@ -126,6 +126,7 @@ def tune(
     dimensions = [parse_dimension(text) for text in search or DEFAULT_SEARCH]
     base = resolve(*overrides)
     _check_bounds(base, dimensions)
+    train.manifest_of(base)  # a mistake ends it before a study stands that was made with the mistake
     require_writable(output_dir)
     url = storage or f"sqlite:///{output_dir.resolve() / 'study.db'}"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -179,15 +180,18 @@ def _open_study(url: str, name: str, base: Config, dimensions: Sequence[Dimensio
             pruner=below_median(),
         )
     except Exception as error:  # SQLAlchemy's, each driver's and a missing driver's errors share no base
-        raise ConfigError(f"--storage {_without_password(url)}: cannot be opened ({first_line(error)})") from None
+        raise ConfigError(
+            f"--storage {_without_password(url)}: cannot be opened ({first_line(error)}); name another URL"
+        ) from None
     asked: dict[str, Any] = {"search": [repr(item) for item in dimensions], "settings": _settings(base)}
     known = study.user_attrs
     if "settings" not in known:
         for key, value in asked.items():
             study.set_user_attr(key, value)
     elif known["search"] != asked["search"]:
+        fields = ", ".join(re.findall("field='([^']+)'", " ".join(known["search"])))
         raise ConfigError(
-            f"study {name!r} searches {', '.join(known['search'])}; ask for the same, or name another with --study"
+            f"study {name!r} searches {fields}, or other values of them; ask for the same, or name another with --study"
         )
     elif changed := differing_fields(resolve(known["settings"]), resolve(asked["settings"])):
         raise ConfigError(

@@ -50,7 +50,8 @@ def write_films(folder: Path, names: list[str], *, size: int = 64) -> None:
     for seed, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(synthetic.film(pneumonia=bool(seed % 2), seed=seed, size=size)))
+        # Films of another size are other films, not the same ones drawn anew.
+        path.write_bytes(encoded(synthetic.film(pneumonia=bool(seed % 2), seed=100 * size + seed, size=size)))
 
 
 # --- the planted set -------------------------------------------------------------------------------------------
@@ -158,7 +159,8 @@ def test_sound_films_exit_with_0_and_say_a_line(
         3,
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("136 films of 68 patients, 136 readable") and "audit.html" in lines[-1]
+    assert lines[0].startswith("136 films of 68 patients, 136 readable") and "audit.html" in lines[-2]
+    assert lines[-1].startswith("next: ") and lines[-1].endswith(f"python main.py train --data-dir {films}")
 
 
 def test_nothing_to_audit_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

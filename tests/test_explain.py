@@ -121,7 +121,10 @@ def test_an_unreadable_film_is_listed_and_the_others_explained(films: Path, trai
     result = run([folder], trained, tmp_path / "out", sanity_films=0)
     assert result["films"] == 1 and [Path(item).name for item in result["unreadable"]] == ["bad.jpeg"]
     (folder / "good.jpeg").unlink()
-    with pytest.raises(DataError, match="none of the 1 films can be read"):
+    with pytest.raises(DataError, match="^[^ ]*bad.jpeg: "):
+        run([folder], trained, tmp_path / "out")
+    (folder / "worse.jpeg").write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 2 films can be read: [^ ]*bad.jpeg: "):
         run([folder], trained, tmp_path / "out")
 
 

@@ -180,3 +180,9 @@ def test_the_band_lies_around_the_curve() -> None:
 def test_pyplot_and_its_global_state_stay_out() -> None:
     code = Path(plots.__file__).read_text(encoding="utf-8").split('"""', 2)[2]
     assert "pyplot" not in code and "rcParams" not in code
+
+
+def test_learning_rates_are_written_as_numbers_not_as_raw_mathematics() -> None:
+    history = [{"epoch": epoch, "lr_head": 10.0**-epoch} for epoch in range(1, 5)]
+    drawn = plots.as_svg(plots.training_curves, history)
+    assert "mathdefault" not in drawn and "0.001" in drawn

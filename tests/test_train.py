@@ -213,7 +213,15 @@ def test_the_best_checkpoint_alone_says_everything_needed_to_predict(trained: Pa
 
 
 def test_training_learns_the_films(tiny: Config) -> None:
-    result = train.train(changed(tiny, training__num_epochs=8, data__augmentation_prob=0.0))
+    result = train.train(
+        changed(
+            tiny,
+            training__num_epochs=12,
+            training__learning_rate=1e-2,
+            training__backbone_lr=1e-2,
+            data__augmentation_prob=0.0,
+        )
+    )
     assert result.best_score > 0.8
 
 
