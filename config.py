@@ -86,9 +86,9 @@ class DataConfig:
     """Rotation is drawn from ± this many degrees; in [0, 180]."""
     brightness_contrast: float = 0.2
     """Brightness and contrast are changed by up to ± this share; in [0, 1]."""
-    min_crop_scale: float = 1.0
+    min_crop_scale: float = 0.4
     """Smallest share of the film's area that the random crop of every film keeps; 1 never crops; in [0.1, 1]."""
-    gamma: float = 0.0
+    gamma: float = 0.65
     """Grey levels are raised to a power between 1 / (1 + gamma) and 1 + gamma; in [0, 4]."""
     augment_on: str = "auto"
     """cpu (film by film, beside the network), device (whole batches where the network computes), or auto: the device
@@ -203,7 +203,7 @@ class TrainingConfig:
     progressive_resizing: int = 0
     """Side in pixels of the first epochs' films, growing to data.image_size by three quarters of the epochs; 0 is
     off. Validation is always at full size."""
-    operating_point: str = "youden"
+    operating_point: str = "stable_youden"
     """How validation chooses the threshold: youden, stable_youden (the middle of all that are within 0.02 of the
     largest Youden index), sensitivity, specificity or fixed (0.5)."""
     operating_point_target: float = 0.95

@@ -33,6 +33,8 @@ from runtime import log, require_writable
 SETTINGS: Overrides = {
     "data.image_size": 96,
     "data.batch_size": 8,
+    "data.min_crop_scale": 1.0,
+    "data.gamma": 0.0,
     "data.augmentation_prob": 0.1,
     "model.model_type": "resnet10t",
     "model.pretrained": False,

@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--weights", type=Path, metavar="FILE", help=f"ImageNet weights of {table_jobs.LITE}")
     found.add_argument("--notes", type=Path, metavar="MANIFEST", help="films with notes, for the multimodal row")
     found.add_argument("--text-model", type=Path, metavar="FOLDER", help="a BERT-family encoder")
-    found.add_argument("--recipe", default=None, help=f"of the fine-tuned {table_jobs.LITE} (robust, else strong)")
+    found.add_argument("--recipe", default="robust", help=f"of the fine-tuned {table_jobs.LITE} (robust)")
     for name in ("checkpoint", "bundle", "pruned", "serving"):
         found.add_argument(f"--{name}", nargs="+", default=[], metavar="NETWORK=PATH", help="made before")
     found.add_argument("--peer-python", type=Path, default=Path(sys.executable), help="where the peers are installed")
@@ -151,14 +151,13 @@ def options_of(arguments: argparse.Namespace) -> Options:
     def absolute(path: Path | None) -> Path | None:
         return path.resolve() if path else None
 
-    robust = ROOT / "examples" / "recipes" / "robust.yaml"
     return Options(
         films=absolute(arguments.films),
         weights=absolute(arguments.weights),
         notes=absolute(arguments.notes),
         text_model=absolute(arguments.text_model),
         work=arguments.work.resolve(),
-        recipe=arguments.recipe or ("robust" if robust.exists() else "strong"),
+        recipe=arguments.recipe,
         checkpoints=_pairs(arguments.checkpoint),
         bundles=_pairs(arguments.bundle),
         pruned=_pairs(arguments.pruned),

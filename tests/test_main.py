@@ -213,16 +213,16 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.yaml").write_text("training: {num_epochs: 7, ema_decay: 0.5}\n", encoding="utf-8")
-    words = ["config", "--recipe", "strong", "--config", str(tmp_path / "own.yaml"), "--epochs", "3", "--json"]
+    words = ["config", "--recipe", "robust", "--config", str(tmp_path / "own.yaml"), "--epochs", "3", "--json"]
     assert main.main(words) == 0
     training = json.loads(capsys.readouterr().out)["training"]
-    assert (training["mixup_alpha"], training["ema_decay"], training["num_epochs"]) == (0.3, 0.5, 3)
+    assert (training["progressive_resizing"], training["ema_decay"], training["num_epochs"]) == (96, 0.5, 3)
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["train", "--recipe", "stron"]) == 2
+    assert main.main(["train", "--recipe", "robus"]) == 2
     err = capsys.readouterr().err
-    assert "--recipe stron: not one of convnext, densenet121" in err and "strong" in err and err.count("\n") == 1
+    assert "--recipe robus: not one of convnext, densenet121" in err and "robust" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in main.RECIPES.glob("*.yaml")))

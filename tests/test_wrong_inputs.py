@@ -66,7 +66,7 @@ train --set data.resize=stretch | data.resize: 'stretch' | squash, pad, crop
 train --set data.balance=weights | data.balance: 'weights' | none, sampler, loss
 train --set training.monitor=luck | training.monitor: 'luck' | auc_roc, accuracy
 train --tracker wandb | runtime.tracker: 'wandb' | none, mlflow, tensorboard
-train --recipe stron | --recipe stron | did you mean 'strong'
+train --recipe robus | --recipe robus | did you mean 'robust'
 train --head-search --data-dir FILMS | training.head_search | add --freeze-backbone
 train --model resnet500 --data-dir FILMS | unknown model 'resnet500' | did you mean 'resnet50'
 doctor --model nope | unknown model 'nope' | all names
