@@ -28,6 +28,7 @@ SMALLER = {
 SETTINGS = TINY | {
     "data.batch_size": 4,
     "training.num_epochs": 1,
+    "training.progressive_resizing": 0,
     "training.cached_views": 1,
     "evaluation.bootstrap_resamples": 100,
     "optimization.pruning_epochs": 1,

@@ -443,7 +443,8 @@ def test_colour_is_found_by_looking(films: Path, tmp_path: Path) -> None:
 
 
 def augmenter(**settings: float) -> dp.Augmenter:
-    return dp.Augmenter(DataConfig(image_size=32, **settings), seed=5)
+    """With neither crop nor gamma unless asked for."""
+    return dp.Augmenter(DataConfig(**{"image_size": 32, "min_crop_scale": 1.0, "gamma": 0.0, **settings}), seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -502,12 +503,17 @@ def test_a_higher_augmentation_probability_changes_more_films(film_32: np.ndarra
     assert changed[0.05] < 90 < 140 < changed[0.3]
 
 
-def test_the_pipeline_is_the_published_list() -> None:
+PIPELINE = [
+    "Rotate", "HorizontalFlip", "RandomBrightnessContrast", "CLAHE", "GaussNoise", "GaussianBlur", "CoarseDropout",
+    "GridDropout",
+]  # fmt: skip
+
+
+def test_the_pipeline_is_the_published_list_with_crops_and_gamma_by_default() -> None:
     names = [type(item).__name__ for item in augmenter(augmentation_prob=0.5).pipeline.transforms]
-    assert names == [
-        "Rotate", "HorizontalFlip", "RandomBrightnessContrast", "CLAHE", "GaussNoise", "GaussianBlur", "CoarseDropout",
-        "GridDropout",
-    ]  # fmt: skip
+    assert names == PIPELINE
+    names = [type(item).__name__ for item in dp.Augmenter(DataConfig(), seed=5).pipeline.transforms]
+    assert names == ["RandomResizedCrop", *PIPELINE[:3], "RandomGamma", *PIPELINE[3:]]
 
 
 # --- order and loading ---

@@ -480,7 +480,7 @@ def test_a_checkpoint_shows_its_operating_point_first_and_those_of_validation(tr
     report = evaluate.evaluate(trained / "best_model.pth", [FAST], output_dir=tmp_path)
     rows = report["operating_points"]["rows"]
     assert rows[0]["headline"] and rows[0]["threshold"] == report["operating_point"]["threshold"]
-    assert {row["rule"] for row in rows} == {"fixed", "youden", "sensitivity", "specificity"}
+    assert {row["rule"] for row in rows} == {"fixed", "stable_youden", "youden", "sensitivity", "specificity"}
     assert len([row for row in rows if row["rule"] == "youden"]) == 1
     # Six digits: the stored threshold was chosen on logits of the training process.
     assert rows[0]["validation"]["sensitivity"]["value"] == pytest.approx(
