@@ -28,7 +28,8 @@ from runtime import atomic_write, write_json
 FORMAT_VERSION = 1
 FACTS = "bundle.json"
 FLOAT_FILE, INT8_FILE, RECORDS = "model.onnx", "model_int8.onnx", "records.pth"
-REQUIRED = {
+Kinds = type | tuple[type, ...]
+REQUIRED: dict[str, Kinds] = {
     "classes": list,
     "preprocess": dict,
     "temperature": (int, float),
@@ -104,7 +105,14 @@ def _relative(path: Path, folder: Path) -> str:
 def read(folder: str | Path) -> Bundle:
     """The bundle in `folder`, every hash checked; CheckpointError when it is missing, damaged or newer."""
     folder = Path(folder)
-    facts = _read_facts(folder)
+    facts = read_description(
+        folder / FACTS,
+        kind="a bundle",
+        absent=f"{folder}: no bundle (no {FACTS}); name a folder that optimize finished",
+        required=REQUIRED,
+        newest=FORMAT_VERSION,
+        again=AGAIN,
+    )
     for name, digest in facts["hashes"].items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing from the bundle; {AGAIN}")
@@ -120,22 +128,26 @@ def read(folder: str | Path) -> Bundle:
         raise CheckpointError(f"{folder / RECORDS}: damaged ({first_line(error)}); {AGAIN}") from None
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    path = folder / FACTS
+def read_description(
+    path: Path, *, kind: str, absent: str, required: Mapping[str, Kinds], newest: int, again: str
+) -> dict[str, Any]:
+    """The JSON that describes a model of several files; CheckpointError when it is missing, damaged or newer.
+
+    `kind` is what it describes (a bundle), `absent` the line for none at all, `again` what to do about damage.
+    """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise CheckpointError(f"{folder}: no bundle (no {FACTS}); name a folder that optimize finished") from None
+        raise CheckpointError(absent) from None
     except ValueError:
-        raise CheckpointError(f"{path}: damaged, not JSON; {AGAIN}") from None
+        raise CheckpointError(f"{path}: damaged, not JSON; {again}") from None
     version = facts.get("format_version") if isinstance(facts, dict) else None
     if not isinstance(version, int):
-        raise CheckpointError(f"{path}: not the description of a bundle (no format_version); {AGAIN}")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format {version} is newer than this program reads ({FORMAT_VERSION}); update")
-    wrong = [name for name, kind in REQUIRED.items() if not isinstance(facts.get(name), kind)]  # type: ignore[arg-type]
-    if wrong:
-        raise CheckpointError(f"{path}: damaged: {', '.join(wrong)} missing or of another kind; {AGAIN}")
+        raise CheckpointError(f"{path}: not the description of {kind} (no format_version); {again}")
+    if version > newest:
+        raise CheckpointError(f"{path}: format {version} is newer than this program reads ({newest}); update")
+    if wrong := [name for name, kinds in required.items() if not isinstance(facts.get(name), kinds)]:
+        raise CheckpointError(f"{path}: damaged: {', '.join(wrong)} missing or of another kind; {again}")
     return facts
 
 

@@ -11,7 +11,6 @@ the out-of-fold films. Legend: B batch, C classes, F features, K members.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bundle import sha256
+from bundle import Kinds, read_description, sha256
 from engines import Outputs, TorchEngine
 from errors import CheckpointError
 from models import Classifier
@@ -35,7 +34,7 @@ SUMMARY = "crossval.json"
 VALIDATION = "ensemble_validation.csv"
 """The out-of-fold films as the ensemble's own scale has them: its validation films."""
 FORMAT_VERSION = 1
-REQUIRED: dict[str, type | tuple[type, ...]] = {
+REQUIRED: dict[str, Kinds] = {
     "members": list,
     "classes": list,
     "temperature": (int, float),
@@ -86,7 +85,14 @@ def write(folder: Path, members: Sequence[Path], facts: Mapping[str, Any]) -> No
 def read(path: str | Path) -> StoredEnsemble:
     """The ensemble of a crossval folder; CheckpointError when it is unfinished, damaged or newer, or a member is."""
     file = facts_file(path)
-    facts = _read_facts(file)
+    facts = read_description(
+        file,
+        kind="an ensemble",
+        absent=f"{file.parent}: no ensemble (no {FACTS}): not finished, or of an older program; {AGAIN}",
+        required=REQUIRED,
+        newest=FORMAT_VERSION,
+        again=AGAIN,
+    )
     try:
         named = [(file.parent / str(item["path"]), str(item["sha256"])) for item in facts["members"]]
     except (KeyError, TypeError):
@@ -99,25 +105,6 @@ def read(path: str | Path) -> StoredEnsemble:
         if sha256(member) != digest:
             raise CheckpointError(f"{member}: hash mismatch, it is not the model that crossval measured; {AGAIN}")
     return StoredEnsemble(file, facts, tuple(member for member, _ in named))
-
-
-def _read_facts(file: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(
-            f"{file.parent}: no ensemble (no {FACTS}): not finished, or of an older program; {AGAIN}"
-        ) from None
-    except ValueError:
-        raise CheckpointError(f"{file}: damaged, not JSON; {AGAIN}") from None
-    version = facts.get("format_version") if isinstance(facts, dict) else None
-    if not isinstance(version, int):
-        raise CheckpointError(f"{file}: not the description of an ensemble (no format_version); {AGAIN}")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(f"{file}: format {version} is newer than this program reads ({FORMAT_VERSION}); update")
-    if wrong := [name for name, kind in REQUIRED.items() if not isinstance(facts.get(name), kind)]:
-        raise CheckpointError(f"{file}: damaged: {', '.join(wrong)} missing or of another kind; {AGAIN}")
-    return facts
 
 
 # --- the network -----------------------------------------------------------------------------------------------
