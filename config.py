@@ -688,9 +688,13 @@ def load_config_from_yaml(path: str | Path) -> Config:
     return resolve(read_yaml(path))
 
 
+BEFORE_THEY_WERE: Overrides = {"data.gamma": 0.0}
+"""Settings whose default would change what a run stored without them does."""
+
+
 def config_from_dict(nested: Mapping[str, Any], *, source: str) -> Config:
-    """The configuration a checkpoint or run folder stored."""
-    return resolve(flatten(nested, source=source))
+    """The configuration a checkpoint or run folder stored; settings newer than it have values that change nothing."""
+    return resolve(BEFORE_THEY_WERE, flatten(nested, source=source))
 
 
 def located(config: Config, source: str | Path) -> Config:

@@ -60,8 +60,8 @@ def small(tiny: Config) -> Config:
     """`tiny` in fp32, 6 steps of 12 films an epoch, at rates at which rounding does not grow within a run."""
     gentle = {"training.learning_rate": 1e-3, "training.backbone_lr": 3e-4, "training.keep_checkpoints": 9}
     own = {"data.data_dir": tiny.data.data_dir, "runtime.output_dir": tiny.runtime.output_dir, "data.batch_size": 12}
-    # With crops and gamma together one of these films lies where rounding alone decides a gradient's sign.
-    own |= {"data.gamma": 0.0}
+    # Of five seeds 42 alone draws a film for which rounding decides the sign of a gradient, which Adam makes a step of.
+    own |= {"training.seed": 1}
     return resolve(TINY, own, gentle, {"runtime.precision": "fp32"})
 
 

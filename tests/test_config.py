@@ -179,3 +179,11 @@ def test_paths_that_are_not_here_are_taken_from_above_the_checkpoint(
     assert config.located(settings, tmp_path / "best_model.pth") == settings
     (here / "films").mkdir()
     assert config.located(settings, project / "best_model.pth") == settings
+
+
+def test_a_setting_newer_than_a_stored_configuration_changes_nothing() -> None:
+    stored = config.resolve({"data.min_crop_scale": 0.8}).to_dict()
+    assert config.config_from_dict(stored, source="new").data.gamma == config.resolve({}).data.gamma > 0
+    del stored["data"]["gamma"]
+    old = config.config_from_dict(stored, source="old")
+    assert (old.data.gamma, old.data.min_crop_scale) == (0.0, 0.8)
