@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -1166,11 +1166,7 @@ class Fit:
             self.config.training.monitor,
             standing.best_score,
             best["temperature"],
-            f"{best['operating_point']['threshold']:.3f}"
-            if self.positive
-            else "of each finding in the checkpoint"
-            if self.multilabel
-            else "argmax",
+            self._threshold_in_words(best["operating_point"]),
         )
         return TrainResult(
             output_dir=str(self.folder),
@@ -1183,6 +1179,11 @@ class Fit:
             operating_point=best["operating_point"],
             validation=validation,
         )
+
+    def _threshold_in_words(self, point: Mapping[str, Any]) -> str:
+        if self.multilabel:
+            return "of each finding in the checkpoint"
+        return f"{point['threshold']:.3f}" if self.positive else "argmax"
 
 
 @dataclass(frozen=True)
