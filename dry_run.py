@@ -29,7 +29,7 @@ import gate
 import train
 from config import Config
 from data_preprocessing import SPLITS, FilmBatches, Request, sequential_requests, training_requests
-from feature_cache import choose_engine, cut_model
+from feature_cache import EXTRACTION_BATCH, choose_engine, cut_model
 from models import count_parameters
 from runtime import memory_advice, peak_memory_mb, resolve_device
 from train import Fit, Prepared
@@ -38,8 +38,6 @@ Result = TypeVar("Result")
 
 TIMED_STEPS = 3
 """Steps after a first one, whose time is that of starting; their median counts."""
-EXTRACTED_TOGETHER = 16
-"""Films at a time through frozen layers."""
 MIB = 2**20
 
 
@@ -187,7 +185,7 @@ class Rehearsal(Fit):
         """Seconds for a film to be loaded, augmented and sent through the frozen layers, by the engine chosen."""
         assert self.features is not None
         films = self.prepared.train_set
-        request = Request(1, np.arange(len(films))[:EXTRACTED_TOGETHER])
+        request = Request(1, np.arange(len(films))[: EXTRACTION_BATCH.get(self.device.type, 16)])
         loading, batch = _timed(lambda: films[request])
         images = batch.inputs.numpy()
         cut, wanted = cut_model(self.model, self.prepared.spec), self.features.engine

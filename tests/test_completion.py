@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import completion
 import main
 from config import resolve
+from errors import ConfigError
 from fusion import FUSIONS
+from runtime import resolve_device
 
 ROOT = Path(main.__file__).parent
 
@@ -75,6 +78,21 @@ def test_bash_completes(line: str, offered: set[str], tmp_path: Path, capsys: py
 def test_every_choice_offered_is_accepted(flag: str) -> None:
     for value in completion.CHOICES[flag]:
         resolve({main.FLAGS[flag].field: value})
+
+
+@pytest.mark.parametrize("flag", sorted(set(completion.CHOICES) - {"--device", "--fusion"}))
+def test_the_choices_offered_are_all_that_the_configuration_takes(flag: str) -> None:
+    with pytest.raises(ConfigError, match="is not one of ") as refused:
+        resolve({main.FLAGS[flag].field: "another"})
+    taken = str(refused.value).split("is not one of ")[1].split(";")[0]
+    assert set(completion.CHOICES[flag]) == set(taken.split(", "))
+
+
+def test_the_devices_offered_are_all_there_are_but_for_numbers() -> None:
+    with pytest.raises(ConfigError, match="use auto, cpu") as refused:
+        resolve_device("another")
+    known = re.split(", | or ", str(refused.value).split("; use ")[1])
+    assert {*completion.CHOICES["--device"], "cuda:N"} == set(known)
 
 
 def test_the_fusions_offered_are_all_there_are() -> None:

@@ -1,4 +1,7 @@
-"""In a normal run no verb opens a connection or prints a warning; a hub name without a hub is one line."""
+"""In a normal run no verb that reads films, notes or weights opens a connection or prints a warning.
+
+A hub name without a hub is one line.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import main
+from tests.cases import TINY_CASES
 from tests.conftest import TINY
 
 ROOT = Path(main.__file__).parent
@@ -63,16 +68,18 @@ def started(code: str, *arguments: str, folder: Path, **environment: str) -> sub
     return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=folder, env=own)
 
 
-def settings() -> list[str]:
-    """`--set` for the tiny run of the tests."""
-    return [word for name, value in TINY.items() for word in ("--set", f"{name}={str(value).lower()}")]
+def settings(chosen: Mapping[str, Any] = TINY) -> list[str]:
+    """`--set` for a tiny run of the tests."""
+    return [word for name, value in chosen.items() for word in ("--set", f"{name}={str(value).lower()}")]
 
 
-VERBS = ("audit", "train", "evaluate", "predict", "explain", "optimize", "doctor")
+VERBS = ("audit", "train", "evaluate", "predict", "explain", "optimize", "train_multimodal", "doctor")
 
 
 @pytest.fixture(scope="module")
-def tour(films: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def tour(
+    films: Path, xor_cases: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """What each verb did, from class folders to a bundle, with sockets that refuse."""
     folder = tmp_path_factory.mktemp("tour")
     model = ["--checkpoint", str(folder / "run" / "best_model.pth")]
@@ -86,6 +93,10 @@ def tour(films: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
             *("optimize", *model, "--engines", "onnxruntime,openvino", "--set", "optimization.rounds=1"),
             *(f"--max-{name}-drop=1" for name in ("auc", "sensitivity", "accuracy")),
         ],
+        "train_multimodal": [
+            *("train_multimodal", "--manifest", str(xor_cases), "--text-model", str(bert)),
+            *("--output-dir", str(folder / "cases"), *settings(TINY_CASES)),
+        ],
         "doctor": ["doctor"],
     }
     done = started(RUN, json.dumps([[*words[name], "--json"] for name in VERBS]), folder=folder)
@@ -97,7 +108,8 @@ def tour(films: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_opens_no_connection(verb: str, tour: dict[str, dict[str, Any]]) -> None:
     # optimize may find nothing faster than torch on so small a network, and audit something grave: 3.
-    assert tour[verb]["code"] in (0, 3) and tour[verb]["tried"] == []
+    assert tour[verb]["code"] in ((0, 3) if verb in ("audit", "optimize") else (0,))
+    assert tour[verb]["tried"] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)

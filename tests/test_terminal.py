@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ COMMANDS = {
 }
 
 
+Run = Callable[..., tuple[int, str, str]]
+
+
+def exit_codes(name: str) -> tuple[int, ...]:
+    """Those of a run that went well: audit may find something grave and end with 3."""
+    return (0, 3) if name == "audit" else (0,)
+
+
 @pytest.fixture
 def run(
     trained: Path,
@@ -52,7 +61,7 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> object:
+) -> Run:
     """A verb run in a folder of its own: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text(PREDICTIONS)
@@ -69,20 +78,20 @@ def run(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_quiet_verb_says_nothing(name: str, run: object) -> None:
-    code, out, err = run(name, "--quiet")  # type: ignore[operator]
-    assert code in (0, 3) and (out, err) == ("", "")
+def test_a_quiet_verb_says_nothing(name: str, run: Run) -> None:
+    code, out, err = run(name, "--quiet")
+    assert code in exit_codes(name) and (out, err) == ("", "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_json_is_one_object_and_stands_alone_on_stdout(name: str, run: object) -> None:
-    code, out, _ = run(name, "--json")  # type: ignore[operator]
-    assert code in (0, 3) and isinstance(json.loads(out), dict)
+def test_json_is_one_object_and_stands_alone_on_stdout(name: str, run: Run) -> None:
+    code, out, _ = run(name, "--json")
+    assert code in exit_codes(name) and isinstance(json.loads(out), dict)
 
 
 @pytest.mark.parametrize("name", ["evaluate", "compare", "reader_study", "plan", "doctor", "audit"])
-def test_a_table_fits_80_columns(name: str, run: object) -> None:
-    _, out, _ = run(name)  # type: ignore[operator]
+def test_a_table_fits_80_columns(name: str, run: Run) -> None:
+    _, out, _ = run(name)
     # A row of a table has its fields set apart by several blanks; sentences wrap wherever they are read.
     rows = [line for line in out.splitlines() if re.search(r"\S {2,}\S", line)]
     assert out.strip() and not [line for line in rows if len(line) > 80 and "/" not in line], rows
