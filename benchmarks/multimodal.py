@@ -260,6 +260,7 @@ def run(arguments: argparse.Namespace) -> None:
 def summary(out: Path) -> str:
     """Mean AUROC a fusion, and the differences from the better single modality, fold by fold and of the means."""
     table = pd.DataFrame([json.loads(line) for line in out.read_text().splitlines()])
+    # Two processes that write one file may both have run a fold: it counts once.
     table = table.drop_duplicates(["repeat", "fold", "masked", "fusion"])
     alone = [name for name in ("image", "text", "table") if name in table]
     lines = [f"{len(table)} runs; mean over folds and repeats (SD of the repeats' means)"]

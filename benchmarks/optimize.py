@@ -46,6 +46,12 @@ def seconds(call: Callable[[], object], *, repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
+def weights_megabytes(checkpoint: Path) -> float:
+    """Size of the weights in MB (10^6 bytes)."""
+    state = torch.load(checkpoint, weights_only=True)["model_state_dict"]
+    return float(sum(item.numel() * item.element_size() for item in state.values()) / 1e6)
+
+
 def compare(checkpoint: Path, folder: Path, *, batch: int, rounds: int) -> dict[str, float]:
     """Films per second of both sides in turns, and the median ratio of the pairs."""
     stored = predictor.load(folder)
@@ -86,8 +92,7 @@ def main() -> None:
     for pair in arguments.pairs:
         checkpoint, folder = (Path(name) for name in pair.split("=", 1))
         facts = json.loads((folder / bundle.FACTS).read_text(encoding="utf-8"))
-        state = torch.load(checkpoint, weights_only=True)["model_state_dict"]
-        weights_mb = sum(item.numel() * item.element_size() for item in state.values()) / 1e6
+        weights_mb = weights_megabytes(checkpoint)
         size = (folder / facts["file"]).stat().st_size / 1e6 if facts["file"] else weights_mb
         name = f"{facts['config']['model']['model_type']}, {facts['network']} network, {facts['engine']}"
         print(f"{name} {facts['precision']}: weights {weights_mb:.1f} MB, file {size:.1f} MB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ PEERS = {
 SIDES = {
     "bundle": "this program's bundle",
     "torch": "torch fp32",
-    "torch bf16": "torch bf16",
+    "torch bf16": "torch bf16, channels last",
     "onnxruntime": "ONNX Runtime fp32",
 }
 LOGARITHMIC_FROM = 15
@@ -53,11 +54,15 @@ EPOCH_FILMS = 4471
 """Training films of the chest X-ray pneumonia set, validation held out."""
 
 
-def render(records: Sequence[Record], figures: Path) -> str:
-    """The tables that have results, as Markdown; one SVG each under `figures`."""
+def render(records: Sequence[Record], figures: Path, *, page_folder: Path | None = None) -> str:
+    """The tables that have results, as Markdown for a page in `page_folder` (by default that above the figures).
+
+    One SVG each is written under `figures`.
+    """
     if not records:
         return "nothing measured yet"
     figures.mkdir(parents=True, exist_ok=True)
+    link = Path(os.path.relpath(figures, page_folder or figures.parent)).as_posix()
     parts = []
     for number, (title, write) in enumerate(TABLES, start=1):
         rows: dict[str, dict[str, Record]] = {}
@@ -66,7 +71,8 @@ def render(records: Sequence[Record], figures: Path) -> str:
                 rows.setdefault(record["row"], {})[record["part"]] = record
         text = write(rows, figures / f"table{number}.svg") if rows else ""
         if text:
-            shown = f"![{title}](figures/table{number}.svg)\n\n" if (figures / f"table{number}.svg").exists() else ""
+            place = f"{link}/table{number}.svg"
+            shown = f"![{title}]({place})\n\n" if (figures / f"table{number}.svg").exists() else ""
             parts.append(f"### {title}\n\n{measured_on(rows)}\n\n{shown}{text}")
     return "\n\n".join(parts)
 
@@ -75,13 +81,14 @@ def measured_on(rows: Rows) -> str:
     """Dates, machine and command of a table."""
     records = [record for parts in rows.values() for record in parts.values()]
     dates = sorted({record["date"][:10] for record in records})
-    cpu, cores = records[0]["machine"]["cpu"], records[0]["machine"]["cores"]
-    command = records[0]["command"].rsplit(" --rows ", 1)[0]
+    machines = {(record["machine"]["cores"], record["machine"]["cpu"] or "a CPU") for record in records}
+    where = " and ".join(f"{cores} cores of {cpu}" for cores, cpu in sorted(machines))
+    command = min((record["command"].rsplit(" --rows ", 1)[0] for record in records), key=len)
     smoke = " **A smoke run: tiny networks on a few films.**" if any(record["smoke"] for record in records) else ""
     busy = max(record["load_before"] for record in records)
     return (
-        f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {cores} cores of {cpu or 'a CPU'}, load "
-        f"before a row at most {busy:.1f}.{smoke} One row: `{command} --rows ROW`."
+        f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {where}, load before a row at "
+        f"most {busy:.1f}.{smoke} One row: `{command} --rows ROW`."
     )
 
 
@@ -92,7 +99,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def interval(estimate: Mapping[str, Any] | None, *, scale: float = 1.0, digits: int = 3, sign: bool = False) -> str:
-    """0.912 (0.880–0.940); a dash for what is not there."""
+    """0.912 (0.880 to 0.940); a dash for what is not there."""
     key = "value" if estimate and "value" in estimate else "difference"
     if estimate is None or estimate.get(key) is None:
         return "–"
@@ -185,7 +192,6 @@ def performance(rows: Rows, figure: Path) -> str:
             _at_half(results[row]),
             f"{results[row]['latency']['network_ms']:.1f}",
             _promised(row),
-            _remark(row, results[row], rows[row].get("train", {}).get("result", {})),
         ]
         for row in shown
     ]
@@ -207,7 +213,11 @@ def performance(rows: Rows, figure: Path) -> str:
         "Intervals are 95 %, clustered by patient; accuracy, precision, recall and F1 at the threshold that validation "
         "chose; ms: the network alone, one film, torch on this CPU (the published ones name no machine)."
     )
-    return markdown([*headings, "published: accuracy, AUROC, ms", "remark"], lines) + f"\n\n{note}"
+    remarks = "\n".join(
+        f"- {MODELS[row][0]}: {_remark(row, results[row], rows[row].get('train', {}).get('result', {}))}."
+        for row in shown
+    )
+    return markdown([*headings, "published: accuracy, AUROC, ms"], lines) + f"\n\n{note}\n\n{remarks}"
 
 
 def _at_half(result: Mapping[str, Any]) -> str:
@@ -222,9 +232,10 @@ def _promised(row: str) -> str:
 
 def _remark(row: str, result: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     """What the row is, and why it misses where it does."""
-    said = [f"{result['n']} films of {result['n_patients']} patients"]
+    said = [*_trained_by(training), f"{result['n']} films of {result['n_patients']} patients"]
     if training:
-        said.append(f"{training['image_size']} px, epoch {training['epoch']}")
+        epochs = f" of {training['epochs']}" if "epochs" in training else ""
+        said.append(f"{training['image_size']} px, epoch {training['epoch']}{epochs}")
         said.append("ImageNet weights" if training["weights"] else "random weights: no ImageNet weights at hand")
     if row == "multimodal":
         said.append("COVID-19 against other findings, for no note exists for the other films")
@@ -238,8 +249,18 @@ def _remark(row: str, result: Mapping[str, Any], training: Mapping[str, Any]) ->
         if value is None or value < promised
     ]
     if missed:
-        said.append(f"misses {' and '.join(missed)}: {WHY[row]}")
+        # With ImageNet weights given, the reason of a row meant to begin from random ones would not be true.
+        known = row == "multimodal" or training.get("weights") is False
+        said.append(f"misses {' and '.join(missed)}" + (f": {WHY[row]}" if known else ""))
     return "; ".join(said)
+
+
+def _trained_by(training: Mapping[str, Any]) -> list[str]:
+    """The command that trained the model of a row."""
+    if "command" not in training:
+        return []
+    before = ", trained before" if training.get("trained") == "before" else ""
+    return [f"`python main.py {' '.join(training['command'])}`{before}"]
 
 
 FEW = "a few epochs on small films, nothing learned before"
@@ -411,7 +432,9 @@ def _race(rows: Rows, figure: Path) -> str:
     note = (
         f"{task['model']}, all layers, {task['image_size']} px, {task['batch_size']} films a step, {task['epochs']} "
         f"epochs, peak rate {task['learning_rate']:g}, {task['threads']} threads; seconds from the start of the "
-        "process, judged after each epoch. bf16 but in fastai, whose mixed precision is CUDA's. "
+        "process, judged after each epoch. bf16 but in fastai, whose mixed precision is CUDA's; "
+        "this program decodes each film once, before the first epoch: that is in its seconds, not in its films/s. The "
+        "others: `pip install -r benchmarks/peers/requirements.txt`. "
     )
     headings = ["training", "films/s", "s to validation AUROC 0.95", "AUROC at the end", "peak memory"]
     return markdown(headings, lines) + f"\n\n{note}{_where_peers_win(rates, reached)}"

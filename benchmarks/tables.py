@@ -3,7 +3,7 @@
     python benchmarks/tables.py --films FILMS --weights WEIGHTS --notes NOTES --text-model MINILM --work DIR --table 1
     python benchmarks/tables.py --work DIR --list                  # the rows, what is done, and expected minutes
     python benchmarks/tables.py --work DIR --render                # prints them, writes docs/figures/table<N>.svg
-    python benchmarks/tables.py --work DIR --render --into docs/results.md
+    python benchmarks/tables.py --work DIR --render --into docs/results.md README.md
     python benchmarks/tables.py ... --work OTHER --smoke           # every row on a few films with tiny networks
 
 1 models on the test films, 2 what compression costs and gains, 3 how fast training is, 4 beside what users would
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 from benchmarks import table_jobs, table_render
@@ -89,8 +88,19 @@ def run_all(chosen: Sequence[Job], options: Options) -> list[str]:
 
 def _command(options: Options, job: Job) -> str:
     """How this row alone is measured again, places by their names."""
-    places = "--films FILMS --weights WEIGHTS --notes NOTES --text-model MINILM --work DIR"
-    return f"python benchmarks/tables.py {places} --rows {job.row}" + (" --smoke" if options.smoke else "")
+    places = "--films FILMS --weights WEIGHTS --notes NOTES --text-model MINILM --peer-python PYTHON --work DIR"
+    usual = parser().get_default
+    asked = {"recipe": options.recipe, "prune_epochs": options.prune_epochs, "rounds": options.rounds}
+    chosen = "".join(f" --{name.replace('_', '-')} {value}" for name, value in asked.items() if value != usual(name))
+    given = {
+        "checkpoint": options.checkpoints,
+        "bundle": options.bundles,
+        "pruned": options.pruned,
+        "serving": options.serving,
+    }
+    made = "".join(f" --{flag} NETWORK=PATH" for flag, networks in given.items() if networks)
+    smoke = " --smoke" if options.smoke else ""
+    return f"python benchmarks/tables.py {places}{chosen}{made} --rows {job.row}{smoke}"
 
 
 def results(work: Path) -> list[dict[str, Any]]:
@@ -140,7 +150,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--smoke", action="store_true", help="a few films, tiny networks: whether every row runs")
     found.add_argument("--list", action="store_true", help="print the rows and end")
     found.add_argument("--render", action="store_true", help="print the tables, write the figures and end")
-    found.add_argument("--into", type=Path, metavar="PAGE", help=f"put them between {BEGIN} and {END} of this page")
+    found.add_argument(
+        "--into",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PAGE",
+        help=f"put them between {BEGIN} and {END} of these pages",
+    )
     found.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", metavar="DIR")
     return found
 
@@ -178,10 +195,11 @@ def main() -> None:
     arguments = parser().parse_args()
     options = options_of(arguments)
     if arguments.render:
-        text = table_render.render(results(options.work), arguments.figures)
-        print(text)
-        if arguments.into:
-            put_into(arguments.into, text)
+        found = results(options.work)
+        for page in arguments.into:
+            put_into(page, table_render.render(found, arguments.figures, page_folder=page.parent))
+        if not arguments.into:
+            print(table_render.render(found, arguments.figures))
         return
     chosen = [job for job in table_jobs.jobs(options) if job.table in arguments.table]
     if arguments.rows:

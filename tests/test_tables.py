@@ -209,7 +209,7 @@ def measured(accuracy: float, area: float) -> dict[str, Any]:
 
 
 def test_a_row_stands_beside_the_published_figures_and_says_why_it_misses(tmp_path: Path) -> None:
-    facts = {"model": "x", "image_size": 160, "weights": False, "epoch": 4}
+    facts = {"model": "x", "image_size": 160, "weights": False, "epoch": 4, "command": ["train", "--data-dir", "FILMS"]}
     records = [
         record(1, "resnet50", "measure", measured(0.93, 0.955)),
         record(1, "resnet50", "train", facts),
@@ -217,10 +217,11 @@ def test_a_row_stands_beside_the_published_figures_and_says_why_it_misses(tmp_pa
         record(1, "densenet121", "train", facts),
     ]
     text = table_render.render(records, tmp_path)
-    resnet, densenet = (next(line for line in text.splitlines() if line.startswith(f"| {name}")) for name in NAMES)
+    resnet, densenet = ("\n".join(line for line in text.splitlines() if line[2:].startswith(name)) for name in NAMES)
     assert "0.955 (0.925 to 0.975) | 0.930 (0.900 to 0.950)" in resnet and "| 31.2 | 92.5 %, 0.96, 12 |" in resnet
     assert "misses AUROC: " in resnet and "accuracy" not in resnet.split("misses")[1]
     assert "misses" not in densenet and "random weights" in densenet
+    assert "`python main.py train --data-dir FILMS`" in resnet
     assert "2 cores of a processor" in text and "One row: `python benchmarks/tables.py --work DIR --rows ROW`" in text
     assert ElementTree.parse(tmp_path / "table1.svg").getroot().tag.endswith("svg")
 
@@ -348,6 +349,20 @@ def test_tables_are_put_between_the_marks_of_a_page(tmp_path: Path) -> None:
     page.write_text(f"{tables.END} {tables.BEGIN}")
     with pytest.raises(ConfigError, match="put both where the tables go"):
         tables.put_into(page, "| new |")
+
+
+def test_pictures_are_named_from_the_page_that_shows_them(tmp_path: Path) -> None:
+    one, figures = [record(1, "lite0", "measure", measured(0.9, 0.9))], tmp_path / "docs" / "figures"
+    assert "](figures/table1.svg)" in table_render.render(one, figures)
+    assert "](docs/figures/table1.svg)" in table_render.render(one, figures, page_folder=tmp_path)
+
+
+def test_a_row_names_its_command_without_the_paths_of_this_machine(films: Path, tmp_path: Path) -> None:
+    where = options(tmp_path, films=films, weights=tmp_path / "w.safetensors")
+    assert where.without_places(["train", str(films), str(where.weights)]) == ["train", "FILMS", "WEIGHTS"]
+    given = ["--work", str(tmp_path), "--rounds", "3", "--checkpoint", "resnet50=a.pth"]
+    command = tables._command(tables.options_of(tables.parser().parse_args(given)), job("resnet50", None))
+    assert command.endswith("--work DIR --rounds 3 --checkpoint NETWORK=PATH --rows resnet50")
 
 
 def test_smoke_runs_are_marked(tmp_path: Path) -> None:

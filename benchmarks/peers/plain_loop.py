@@ -1,4 +1,4 @@
-"""The loop a careful user writes with PyTorch and timm: bf16, channels last, fused AdamW, one-cycle, two workers.
+"""The loop a careful user writes with PyTorch and timm: bf16, channels last, fused AdamW, one-cycle, worker processes.
 
     python benchmarks/peers/plain_loop.py task.json
 

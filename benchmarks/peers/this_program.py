@@ -2,7 +2,8 @@
 
     python benchmarks/peers/this_program.py task.json
 
-Pixels are decoded into a cache that is empty at the start; mixed precision, augmentation and schedule are the defaults.
+Pixels are decoded into a cache that is empty at the start; precision is that of
+the peers, bf16; augmentation and schedule are the defaults.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def configured(task: common.Task, folder: str) -> Config:
             "training.learning_rate": task.learning_rate,
             "training.backbone_lr": task.learning_rate,
             "runtime.device": "cpu",
+            "runtime.precision": "bf16",
             "runtime.output_dir": f"{folder}/run",
             "runtime.threads": task.threads,
         }
