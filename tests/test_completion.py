@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import command_line
 import completion
 import main
 from config import resolve
@@ -77,13 +78,13 @@ def test_bash_completes(line: str, offered: set[str], tmp_path: Path, capsys: py
 @pytest.mark.parametrize("flag", sorted(completion.CHOICES))
 def test_every_choice_offered_is_accepted(flag: str) -> None:
     for value in completion.CHOICES[flag]:
-        resolve({main.FLAGS[flag].field: value})
+        resolve({command_line.FLAGS[flag].field: value})
 
 
 @pytest.mark.parametrize("flag", sorted(set(completion.CHOICES) - {"--device", "--fusion"}))
 def test_the_choices_offered_are_all_that_the_configuration_takes(flag: str) -> None:
     with pytest.raises(ConfigError, match="is not one of ") as refused:
-        resolve({main.FLAGS[flag].field: "another"})
+        resolve({command_line.FLAGS[flag].field: "another"})
     taken = str(refused.value).split("is not one of ")[1].split(";")[0]
     assert set(completion.CHOICES[flag]) == set(taken.split(", "))
 
@@ -100,7 +101,7 @@ def test_the_fusions_offered_are_all_there_are() -> None:
 
 
 def test_every_flag_that_names_files_or_folders_completes_them() -> None:
-    parser = main.build_parser()[0]
+    parser = main.build_parser(main.VERBS)[0]
     completion.script(parser, "bash")
     (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     marked = {

@@ -103,7 +103,7 @@ def test_the_commands_to_go_on_with_parse(toured: tuple[Path, dict[str, Any]]) -
         assert f"\n  {command}" in said
         words = command.split()
         assert words[:2] == ["python", "main.py"]
-        arguments, extras = main.build_parser()[0].parse_known_args(words[2:])
+        arguments, extras = main.build_parser(main.VERBS)[0].parse_known_args(words[2:])
         assert arguments.verb == words[2] and not extras
 
 

@@ -41,7 +41,7 @@ def instructions(name: str) -> list[str]:
 
 def parsed(words: list[str]) -> Any:
     """The settings of a command of ours; fails on an unknown verb or flag."""
-    arguments, extras = main.build_parser()[0].parse_known_args(words)
+    arguments, extras = main.build_parser(main.VERBS)[0].parse_known_args(words)
     assert not extras
     return resolve(*main.layers(arguments))
 

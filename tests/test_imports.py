@@ -26,6 +26,7 @@ FLOORS = [
     {
         "proportions",
         "array_cache",
+        "command_line",
         "compilation",
         "depthwise",
         "demo_page",
@@ -106,7 +107,7 @@ def test_a_module_imports_only_from_lower_floors(module: str) -> None:
     assert not wrong, f"{module} imports {wrong}"
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "main", "runtime"])
+@pytest.mark.parametrize("module", ["errors", "config", "command_line", "main", "runtime"])
 def test_a_light_module_imports_no_torch_at_the_top(module: str) -> None:
     tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
     top = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names} | {

@@ -55,7 +55,7 @@ def test_help_of_a_verb_shows_its_example(verb: str) -> None:
 def test_the_example_of_a_verb_parses(verb: str) -> None:
     words = main.VERBS[verb].example.split()
     assert words[:3] == ["python", "main.py", verb]
-    arguments, extras = main.build_parser()[0].parse_known_args(words[2:])
+    arguments, extras = main.build_parser(main.VERBS)[0].parse_known_args(words[2:])
     assert arguments.verb == verb and not extras
 
 
@@ -72,11 +72,11 @@ def test_the_example_of_a_verb_parses(verb: str) -> None:
     ],
 )
 def test_published_command_parses(command: str) -> None:
-    assert main.build_parser()[0].parse_known_args(command.split())[1] == []
+    assert main.build_parser(main.VERBS)[0].parse_known_args(command.split())[1] == []
 
 
 def test_the_surface_of_train_is_frozen() -> None:
-    parser = main.build_parser()[1]["train"]
+    parser = main.build_parser(main.VERBS)[1]["train"]
     flags = {name for name in parser._option_string_actions if name.startswith("--") and not name.startswith("--no-")}
     assert flags == {
         "--help", "--data-dir", "--manifest", "--model", "--weights", "--pretrained", "--freeze-backbone", "--epochs",
@@ -180,7 +180,7 @@ def test_doctor_reports_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_takes_the_positive_class() -> None:
-    arguments = main.build_parser()[0].parse_args(["train", "--positive-class", "NORMAL", "--head-search"])
+    arguments = main.build_parser(main.VERBS)[0].parse_args(["train", "--positive-class", "NORMAL", "--head-search"])
     flags = main.layers(arguments)[-1]
     assert flags["data.positive_class"] == "NORMAL" and flags["training.head_search"] is True
 

@@ -33,7 +33,7 @@ def next_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[s
     assert last.startswith("next: ")
     _, command = last.split("python main.py ")
     found = shlex.split(command)
-    arguments, extras = main.build_parser()[0].parse_known_args(found)
+    arguments, extras = main.build_parser(main.VERBS)[0].parse_known_args(found)
     assert arguments.verb == found[0] and not extras
     return found
 

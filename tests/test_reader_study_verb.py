@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import command_line
 import main
 import sample_size
 import study_plan
@@ -202,7 +203,7 @@ PLANS: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def test_every_plan_is_tried_here_and_described_in_the_help() -> None:
-    described = re.findall(r"^  (\w+) ", main.PLAN_HELP, flags=re.M)
+    described = re.findall(r"^  (\w+) ", command_line.PLAN_HELP, flags=re.M)
     assert set(PLANS) == set(study_plan.PLANS) == set(described)
 
 
@@ -221,7 +222,7 @@ def test_a_plan_on_the_command_line_answers_as_the_function(
 def test_a_parameter_named_in_the_help_exists() -> None:
     import inspect
 
-    text = re.sub(r"\n {4,}(?=\w)", " ", main.PLAN_HELP.split("\n", 1)[1].split("\nexample")[0])
+    text = re.sub(r"\n {4,}(?=\w)", " ", command_line.PLAN_HELP.split("\n", 1)[1].split("\nexample")[0])
     for line in text.splitlines():
         name, _, words = line.strip().partition(" ")
         functions = [f for f in study_plan.PLANS[name] if f is not None]
