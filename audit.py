@@ -38,8 +38,8 @@ from audit_findings import (
     tried_nuisances,
 )
 from audit_report import report_html
-from config import Overrides, resolve
-from data_preprocessing import Manifest, positive_class
+from config import DataConfig, Overrides, resolve
+from data_preprocessing import Manifest, named_labels, positive_class
 from duplicates import SIDE, connected, near_pairs, same_key
 from errors import DataError, examples
 from film_facts import Scan, same_pixels, scan_films
@@ -69,6 +69,7 @@ def audit(
         require_writable(write_manifest.resolve().parent, flag="--write-manifest")
     started = time.perf_counter()
     films = list_films(source, patient_pattern=config.data.patient_id_regex)
+    films.table["label"] = _labels(films, config.data)
     workers = config.runtime.workers if config.runtime.workers > 0 else os.cpu_count() or 1
     evidence = examine(films, workers=workers, scratch=output_dir)
     classes = sorted(set(films.label) - {""})
@@ -83,6 +84,15 @@ def audit(
     if write_manifest is not None:
         _write_manifest(films, write_manifest)
     return report
+
+
+def _labels(films: FilmList, config: DataConfig) -> list[str]:
+    """Each film's label as training reads it; of several findings every combination is a class here."""
+    if config.label_regex:
+        return named_labels(films.table["path"], config.label_regex, films.root)
+    if config.task == "multilabel":
+        return [findings.SEPARATOR.join(sorted(findings.named(cell))) or findings.NONE for cell in films.table["label"]]
+    return films.table["label"].tolist()
 
 
 def exit_code(report: dict[str, Any]) -> int:

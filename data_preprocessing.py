@@ -145,7 +145,7 @@ def load_manifest(config: DataConfig, *, classes: Sequence[str] | None = None) -
         root = Path(config.data_dir).resolve()
         rows = _read_folders(Path(config.data_dir), named_by_film=config.label_regex is not None)
     if config.label_regex is not None:
-        rows["label"] = _named_labels(rows["path"], config.label_regex, root)
+        rows["label"] = _all_named_labels(rows["path"], config.label_regex, root)
     where = config.manifest or config.data_dir
     if config.multilabel:
         names = _finding_names(rows["label"], wanted, where=where)
@@ -208,8 +208,8 @@ def _read_csv(path: Path, config: DataConfig) -> pd.DataFrame:
     return table
 
 
-def _named_labels(paths: Iterable[str], pattern: str, root: Path) -> list[str]:
-    """The class that each film's path below `root` names; DataError for films that name none.
+def named_labels(paths: Iterable[str], pattern: str, root: Path) -> list[str]:
+    """The class that each film's path below `root` names, '' for films that name none.
 
     The named group that matches is the class; without named groups it is the text of the first group.
     """
@@ -219,9 +219,13 @@ def _named_labels(paths: Iterable[str], pattern: str, root: Path) -> list[str]:
             f"data.label_regex: {pattern!r} has no group; name one a class, like '(?P<virus>_virus_)|(?P<normal>IM-)', "
             "or enclose the class in the first"
         )
-    shown = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
-    labels = [_named_label(regex, name) for name in shown]
-    if unnamed := [name for name, label in zip(shown, labels) if not label]:
+    return [_named_label(regex, Path(os.path.relpath(path, root)).as_posix()) for path in paths]
+
+
+def _all_named_labels(paths: Sequence[str], pattern: str, root: Path) -> list[str]:
+    """`named_labels`; DataError for films that name no class."""
+    labels = named_labels(paths, pattern, root)
+    if unnamed := [os.path.relpath(path, root) for path, label in zip(paths, labels) if not label]:
         raise DataError(
             f"data.label_regex: {len(unnamed)} of {len(labels)} films name no class, e.g. {examples(unnamed)}; correct "
             f"{pattern!r}, move these films away, or set it to null where folders or a column tell the class"

@@ -307,3 +307,26 @@ def test_the_short_form_is_silent_where_all_is_well(said: list[str], tmp_path: P
     table = pd.DataFrame({"path": ["a", "b"], "label": [0, 1], "split": "train", "patient_id": ["p", "q"]})
     audit.say_briefly(Manifest(table, ("A", "B"), tmp_path), np.array([1, 2]), source="films")
     assert said == []
+
+
+# --- labels as training reads them -----------------------------------------------------------------------------
+
+
+def test_of_several_findings_an_empty_label_is_none_and_their_order_says_nothing(tmp_path: Path) -> None:
+    labels = ["Effusion|Mass", "Mass|Effusion", "Mass", "", "none", "No Finding"]
+    names = [f"{number}.png" for number in range(len(labels))]
+    write_films(tmp_path, names)
+    pd.DataFrame({"path": names, "label": labels}).to_csv(tmp_path / "films.csv", index=False)
+    found = audit.audit(tmp_path / "films.csv", {"data.task": "multilabel"}, output_dir=tmp_path / "out")
+    assert set(found["classes"]) == {"Effusion|Mass", "Mass", "No Finding"} and not findings(found, "unlabelled")
+    (empty,) = findings(audit.audit(tmp_path / "films.csv", output_dir=tmp_path / "single"), "unlabelled")
+    assert empty["count"] == 1 and empty["severity"] == "error"
+
+
+def test_a_class_read_from_the_names_is_the_audits_class_too(tmp_path: Path) -> None:
+    write_films(tmp_path / "films", ["a_virus_1.png", "b_virus_2.png", "IM-1.png", "strange.png"])
+    pattern = {"data.label_regex": r"(?P<virus>_virus_)|(?P<normal>IM-)"}
+    found = audit.audit(tmp_path / "films", pattern, output_dir=tmp_path / "out")
+    assert found["classes"] == ["normal", "virus"]
+    (unnamed,) = findings(found, "unlabelled")
+    assert [item["path"] for item in unnamed["examples"]] == ["strange.png"]
