@@ -354,7 +354,9 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
         "films", nargs="*", metavar="FILE|DIR", default=[], help="image files, or folders searched through"
     )
     parser.add_argument("--text", metavar="NOTE", default=None, help="the note of every film, for models that read one")
-    parser.add_argument("--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", default=None, help="best_model.pth of a run folder, or a folder of crossval"
+    )
     parser.add_argument(
         "--bundle", metavar="DIR", default=None, help="explain the checkpoint that this bundle was made from"
     )

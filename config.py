@@ -2,7 +2,7 @@
 
     python main.py config --set training.num_epochs=5        # print the resolved configuration as YAML
 
-Precedence, in `resolve`: default < YAML file < flag or `--set`. Unknown keys are errors with the nearest known
+Precedence, in `resolve`: default < recipe < YAML file < flag < `--set`. Unknown keys are errors with the nearest known
 name. Imports neither torch nor any other heavy library, so that `--help` stays instant.
 """
 
@@ -81,7 +81,7 @@ class DataConfig:
     dicom_body_part: str = "chest"
     """DICOM films whose tags name another body part are refused: chest, another word like hand, or any."""
     augmentation_prob: float = 0.5
-    """Scales the probability of every augmentation; 0 switches augmentation off; in [0, 1]."""
+    """Scales the probability of each augmentation but the crop, which every film gets; 0 is none at all; in [0, 1]."""
     rotation_degrees: float = 15.0
     """Rotation is drawn from ± this many degrees; in [0, 180]."""
     brightness_contrast: float = 0.2
@@ -191,7 +191,7 @@ class TrainingConfig:
     unfreeze_schedule: dict[int, int] = field(default_factory=dict)
     """Epoch (from 1) → number of last backbone stages trained from then on; -1 is all. Needs freeze_backbone."""
     feature_cache: bool = True
-    """Run frozen layers once per film and view instead of in every step; MixUp and CutMix switch it off."""
+    """Run frozen layers once per film and view, not in every step; off with MixUp, CutMix or progressive resizing."""
     cached_views: int = 4
     """Augmented views of each training film that the feature cache holds; epochs go round them; in [1, 64]."""
     head_search: bool = False
