@@ -326,9 +326,16 @@ def compression(rows: Rows, figure: Path) -> str:
     note = (
         "Losses are in points (positive is lost), paired, 95 % clustered by patient, each side at its own threshold; "
         "speed-ups against eager torch fp32, all variants in OpenVINO, in turns, median and range of the rounds; the "
-        "last ratio leaves out what the engine alone gives."
+        "last ratio leaves out what the engine alone gives. The networks: "
     )
-    return markdown(headings, lines) + f"\n\n{note}"
+    return markdown(headings, lines) + f"\n\n{note}{'; '.join(_compressed(row, rows[row]) for row in networks)}."
+
+
+def _compressed(network: str, parts: Mapping[str, Record]) -> str:
+    """The network that was compressed."""
+    facts = parts["accuracy"]["result"]["weights"]
+    start = "ImageNet weights" if facts["weights"] else "random weights"
+    return f"{network} at {facts['image_size']} px from {start}, epoch {facts['epoch']}"
 
 
 def _ratios(rates: Mapping[str, Sequence[float]], above: str, below: str) -> list[float]:
@@ -392,7 +399,8 @@ def training(rows: Rows, figure: Path) -> str:
     note = (
         "Films per second of the second epoch, loading and augmentation included, median and range of the rounds, in "
         "turns; the epoch is scaled from it, without validation. With features cached, each film goes through the "
-        "frozen layers once, before the first epoch: that is in the whole command (256 training films), not the epoch."
+        "frozen layers once, before the first epoch: that is in the whole command (256 training films), not the epoch. "
+        "Of 2 processes each has half the cores: they are for machines with several GPUs."
     )
     return markdown(headings, lines) + f"\n\n{note}"
 
@@ -455,7 +463,7 @@ def _where_peers_win(rates: Mapping[str, Sequence[float]], reached: Mapping[str,
 
 
 def _ahead(won: Sequence[str]) -> str:
-    return f"Ahead of this program: {', '.join(won)}." if won else "None is ahead of this program here."
+    return f"Ahead of this program: {', '.join(won)}." if won else "By medians none is ahead of this program here."
 
 
 def _engines(rows: Rows) -> str:
@@ -466,7 +474,10 @@ def _engines(rows: Rows) -> str:
         rates = parts["speed"]["result"]["films_per_s"]
         for side, words in SIDES.items():
             cells = [spread(rates[batch][side]) for batch in ("16", "1")]
-            ratios = [spread(_ratios(rates[batch], "bundle", side), unit="×") for batch in ("16", "1")]
+            ratios = [
+                "–" if side == "bundle" else spread(_ratios(rates[batch], "bundle", side), unit="×")
+                for batch in ("16", "1")
+            ]
             if min(statistics.median(_ratios(rates[batch], "bundle", side)) for batch in ("16", "1")) < 1:
                 ahead.append(f"{words} ({row.removeprefix('engines_')})")
             lines.append([f"{row.removeprefix('engines_')}, {words}", *cells, *ratios])

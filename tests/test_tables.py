@@ -242,11 +242,13 @@ def test_losses_are_points_and_speeds_are_ratios_of_the_same_round(tmp_path: Pat
             {
                 "megabytes": {"before": 98.2, **dict.fromkeys(table_render.VARIANTS, 24.8)},
                 "lost": dict.fromkeys(table_render.VARIANTS, both_splits),
+                "weights": {"model": "resnet50", "image_size": 224, "weights": False, "epoch": 3},
             },
         ),
         record(2, "resnet50", "speed", {"films_per_s": {"16": rates, "1": rates}}),
     ]
     text = table_render.render(records, tmp_path)
+    assert text.endswith("The networks: resnet50 at 224 px from random weights, epoch 3.")
     line = next(line for line in text.splitlines() if "quantised to INT8" in line)
     assert "98.2 → 24.8 MB | +0.40 (−0.10 to +0.90)" in line
     assert "3.5× (3.0–4.0)" in line and "1.8× (1.5–2.0)" in line  # 30/10 and 80/20; 30/20 and 80/40, half to even
@@ -294,7 +296,7 @@ def test_a_peer_that_is_ahead_is_named(tmp_path: Path) -> None:
     assert "| fastai | 10.0 | not reached |" in text
     behind = {"this_program": race(60, 50), "plain_loop": race(50, 61)}
     text = table_render.render([record(4, row, "round1", result) for row, result in behind.items()], tmp_path)
-    assert "None is ahead of this program here." in text
+    assert "By medians none is ahead of this program here." in text
 
 
 def test_a_server_and_an_engine_that_are_ahead_are_named(tmp_path: Path) -> None:
