@@ -149,6 +149,7 @@ def dots(labels: Sequence[str], panels: Mapping[str, Sequence[Series]], path: Pa
         known = known[np.isfinite(known)]
         if len(known) and 0 < LOGARITHMIC_FROM * known.min() < known.max():
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:,g}")  # dollars are plain in these figures: no powers of ten
         if len(series) > 1:
             axis.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
     axes[0].set_yticks(places, [label.replace("`", "") for label in labels])

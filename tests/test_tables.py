@@ -321,6 +321,10 @@ def test_training_epochs_are_scaled_from_the_median_rate(tmp_path: Path) -> None
     records = [record(3, "fp32", f"round{n}", way(rate)) for n, rate in ((1, 8.0), (2, 10.0))]
     records += [record(3, "mixed", f"round{n}", way(rate)) for n, rate in ((1, 20.0), (2, 16.0))]
     text = table_render.render(records, tmp_path)
+    far = record(3, "frozen_cached", "round1", way(5000.0))
+    table_render.render([*records, far], tmp_path)
+    axis = (tmp_path / "table3.svg").read_text()
+    assert "<!-- 1,000 -->" in axis and "mathdefault" not in axis
     line = next(line for line in text.splitlines() if line.startswith("| bf16, all layers |"))
     assert f"| 18.0 (16.0–20.0) | 2.00× | {4471 / 18:.0f} s | 50 s (50–50) | 1000 MiB |" in line
 
